@@ -1,0 +1,29 @@
+"""Loss operators for reinforcement learning of language models, usable from any training loop; needs torch only."""
+
+from __future__ import annotations
+
+from spear_kernels.backend import resolve_backend
+from spear_kernels.cov_select import covariance_select
+from spear_kernels.linear_logprob import DEFAULT_CHUNK_BYTES, linear_logprob
+from spear_kernels.linear_policy_loss import linear_policy_loss
+from spear_kernels.logprob import logprob
+from spear_kernels.policy_loss import PolicyLossConfig, policy_loss
+from spear_kernels.results import LinearPolicyLossResult, LogProbs, PolicyLossResult
+from spear_kernels.segment_reduce import segment_index, segment_rank, segment_sum
+
+__all__ = [
+    "DEFAULT_CHUNK_BYTES",
+    "LinearPolicyLossResult",
+    "LogProbs",
+    "PolicyLossConfig",
+    "PolicyLossResult",
+    "covariance_select",
+    "linear_logprob",
+    "linear_policy_loss",
+    "logprob",
+    "policy_loss",
+    "resolve_backend",
+    "segment_index",
+    "segment_rank",
+    "segment_sum",
+]

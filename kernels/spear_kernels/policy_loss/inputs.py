@@ -1,0 +1,141 @@
+"""The per-token arguments of a policy loss: as given, and cleaned with their aggregation weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from spear_kernels.checks import require_shape
+from spear_kernels.cov_select import covariance, select_by_covariance
+from spear_kernels.policy_loss.config import PolicyLossConfig
+from spear_kernels.segment_reduce import segment_index, segment_sum
+
+Count = float | torch.Tensor
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """The arguments as given, all [N] except the counts and the seed."""
+
+    old_logp: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    seq_ids: torch.Tensor | None = None
+    ref_logp: torch.Tensor | None = None
+    row_weight: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    selected: torch.Tensor | None = None
+    num_tokens: Count | None = None
+    num_seqs: Count | None = None
+    seed: int = 0
+
+    def check(self, num_rows: int, cfg: PolicyLossConfig, has_entropy: bool) -> PolicyBatch:
+        """Return the batch detached, with a bool mask; raise ValueError for what does not fit `cfg` or [num_rows]."""
+        if cfg.per_sequence and self.seq_ids is None:
+            raise ValueError(f"seq_ids is needed by kind={cfg.kind!r} with aggregation={cfg.aggregation!r}")
+        if cfg.entropy_coef and not has_entropy:
+            raise ValueError(f"entropy is needed by entropy_coef={cfg.entropy_coef}; pass entropy [N]")
+        if cfg.kl_coef and self.ref_logp is None:
+            raise ValueError(f"ref_logp is needed by kl_coef={cfg.kl_coef}; pass ref_logp [N]")
+        if self.selected is not None and not cfg.uses_covariance:
+            raise ValueError(f"selected has no meaning for kind={cfg.kind!r}; leave it None")
+        changes = {}
+        for name, tensor in self._rowwise().items():
+            require_shape(name, tensor, (num_rows,))
+            changes[name] = tensor.detach()
+        return replace(self, **{**changes, "mask": self.mask.bool()})
+
+    def take(self, rows: torch.Tensor) -> PolicyBatch:
+        """The batch of some rows, int64 [n]; the given counts stay."""
+        return replace(self, **{name: tensor[rows] for name, tensor in self._rowwise().items()})
+
+    def with_selection(self, logp: torch.Tensor, cfg: PolicyLossConfig) -> tuple[PolicyBatch, torch.Tensor | None]:
+        """Fill `selected` if the loss needs it; also the covariance float64 [N] when it had to be computed."""
+        if not cfg.uses_covariance or self.selected is not None:
+            return self, None
+        cov = covariance(logp, self.advantages, self.mask)
+        selected = select_by_covariance(
+            cov,
+            logp,
+            self.old_logp,
+            self.advantages,
+            self.mask,
+            cfg,
+            self.seq_ids,
+            self.seed,
+            positions=self.positions,
+            row_weight=self.row_weight,
+        )
+        return replace(self, selected=selected), cov
+
+    def _rowwise(self) -> dict[str, torch.Tensor]:
+        names = [field.name for field in fields(self) if field.name not in ("num_tokens", "num_seqs", "seed")]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What the token-local formulas read, [N] each, in one float type; masked-out rows hold zeros."""
+
+    old_logp: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor  # bool
+    aggregation_weight: torch.Tensor
+    """Factor of the token in the loss: 1/num_tokens, 1/num_seqs, ... and 0 where masked out."""
+    row_weight: torch.Tensor | None = None
+    ref_logp: torch.Tensor | None = None
+    selected: torch.Tensor | None = None  # bool
+
+    @staticmethod
+    def of(batch: PolicyBatch, cfg: PolicyLossConfig, dtype: torch.dtype) -> TokenInputs:
+        """Clean a checked batch whose `selected` is filled."""
+        mask = batch.mask
+
+        def cleaned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else torch.where(mask, tensor.to(dtype), 0)
+
+        return TokenInputs(
+            torch.where(mask, batch.old_logp.to(dtype), 0),
+            torch.where(mask, batch.advantages.to(dtype), 0),
+            mask,
+            aggregation_weight(batch, cfg, dtype),
+            cleaned(batch.row_weight),
+            cleaned(batch.ref_logp),
+            None if batch.selected is None else batch.selected.bool() & mask,
+        )
+
+    def rows(self, rows: slice) -> TokenInputs:
+        """The inputs of some rows."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor[rows] for name, tensor in parts.items() if tensor is not None})
+
+
+def at_least_one(count: Count) -> Count:
+    """`count`, or 1 if it is 0, so that an empty batch divides by 1."""
+    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
+
+
+def sequence_lengths(batch: PolicyBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels int64 [N] of the rows' sequences, and the number of action tokens by label, int64 [N]."""
+    assert batch.seq_ids is not None
+    index = segment_index(batch.seq_ids)
+    return index, segment_sum(batch.mask.long(), index)
+
+
+def aggregation_weight(batch: PolicyBatch, cfg: PolicyLossConfig, dtype: torch.dtype) -> torch.Tensor:
+    """Weights [N]: the aggregated loss is their dot product with the token losses.
+
+    Only sequences with an action token count as sequences.
+    """
+    weight = batch.mask.to(dtype)
+    if cfg.aggregation == "token-mean":
+        return weight / at_least_one(batch.mask.sum() if batch.num_tokens is None else batch.num_tokens)
+    index, lengths = sequence_lengths(batch)
+    weight = weight / at_least_one((lengths > 0).sum() if batch.num_seqs is None else batch.num_seqs)
+    if cfg.aggregation == "seq-mean-token-mean":
+        return weight / lengths[index].clamp(min=1)
+    if cfg.aggregation == "seq-mean-token-sum-norm":
+        assert cfg.norm_length is not None
+        return weight / cfg.norm_length
+    return weight

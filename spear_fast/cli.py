@@ -1,0 +1,168 @@
+"""The command line: train, eval, plot. Every option of a run is a key of the configuration."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spear_fast import __version__
+from spear_fast.errors import ConfigError, SpearError
+
+if TYPE_CHECKING:
+    from spear_fast.config.schema import RunConfig
+    from spear_fast.trainer import Trainer
+
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 143
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code. Errors of the user's making are printed without a traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except SpearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spear-fast", description="Train LLM agents with SPEAR.")
+    parser.add_argument("--version", action="version", version=f"spear-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a policy")
+    train.add_argument("config", type=Path, help="YAML file, e.g. configs/quickstart.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. algo.replay.enabled=false seed=3")
+    train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
+    train.set_defaults(run=_train)
+    evaluate = commands.add_parser("eval", help="success on held-out tasks, with a confidence interval")
+    evaluate.add_argument("source", type=Path, metavar="RUN_OR_MODEL", help="a run's folder or a Hugging Face folder")
+    evaluate.add_argument("task", metavar="TASK", help="a task set, e.g. calculator")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. eval.num_tasks=256")
+    evaluate.set_defaults(run=_eval)
+    plot = commands.add_parser("plot", help="draw the curves of one or more runs")
+    plot.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    plot.add_argument("--out", type=Path, help="PNG file; default: curves.png in the (first) run's folder")
+    plot.set_defaults(run=_plot)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    from spear_fast.config.load import dump_config, load_config
+
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        _print_plan(config)
+        print(dump_config(config), end="")
+        return 0
+    from spear_fast.log.progress import make_progress
+    from spear_fast.trainer import Trainer
+
+    with make_progress(config.log.progress, config.steps, config.name) as progress:
+        trainer = Trainer(config, progress, resume=args.resume)
+        try:
+            _stop_on_sigterm(trainer)
+            trainer.run()
+        finally:
+            trainer.close()
+    return _report(trainer)
+
+
+def _report(trainer: Trainer) -> int:
+    from spear_fast.errors import MissingDependencyError
+    from spear_fast.log.plot import plot_runs
+    from spear_fast.log.records import METRICS_FILE, read_records
+
+    folder = trainer.folder
+    evaluations = [r for r in read_records(folder.path / METRICS_FILE) if "eval/success_rate" in r]
+    for record in (evaluations[0], evaluations[-1]):
+        print(f"held-out success after step {record['step']}: {_success_text(record)}")
+    try:
+        print(f"curves: {plot_runs([folder.path], folder.curves)}")
+    except MissingDependencyError as error:
+        print(f"no curves drawn: {error}")
+    print(f"run folder: {folder.path}")
+    if trainer.stop_requested:
+        print("stopped early; continue with the same command and --resume")
+        return EXIT_STOPPED
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from spear_fast.assemble import load_policy, make_collector, make_engine, make_tasks
+    from spear_fast.evaluate import evaluate
+
+    config, model = _eval_config(args.source, args.task, args.overrides)
+    tasks = make_tasks(config)
+    policy = load_policy(model, config, tasks)
+    collector = make_collector(config, tasks, policy, make_engine(config, policy))
+    stats, _ = evaluate(config, tasks, collector)
+    collector.close()
+    print(f"{model} on {args.task}: success {_success_text(stats)}")
+    for name, value in stats.items():
+        print(f"  {name} {value:.4g}")
+    return 0
+
+
+def _eval_config(source: Path, task: str, overrides: Sequence[str]) -> tuple[RunConfig, Path]:
+    """The configuration to evaluate with, and the model's folder: a run brings its own, a model gets the defaults."""
+    from spear_fast.checkpoint.load import load_latest
+    from spear_fast.config.load import load_config
+    from spear_fast.run_folder import RunFolder
+
+    saved = RunFolder(source).config
+    if saved.exists():
+        model = load_latest(source).folder("model")
+        own = load_config(saved)
+        forget = [] if own.task.name == task else ["task.params={}"]
+        return load_config(saved, [f"task.name={task}", *forget, *overrides]), model
+    if not (source / "config.json").exists():
+        raise ConfigError(
+            f"{source} is neither a run's folder (config.yaml) nor a model's (config.json); check the path"
+        )
+    base = {"name": "eval", "steps": 0, "task": {"name": task}, "model": {"path": str(source)}}
+    return load_config(None, overrides, base), source
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from spear_fast.log.plot import plot_runs
+
+    print(plot_runs(args.runs, args.out or args.runs[0] / "curves.png"))
+    return 0
+
+
+def _print_plan(config: RunConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from spear_fast.config.describe import describe
+
+    table = Table(title=f"Plan of run {config.name}", show_header=False, title_justify="left")
+    for label, value in describe(config):
+        table.add_row(label, value)
+    Console().print(table)
+
+
+def _stop_on_sigterm(trainer: Trainer) -> None:
+    """Let the running step finish and be saved before the process ends."""
+
+    def request_stop(*_: object) -> None:
+        trainer.stop_requested = True
+
+    signal.signal(signal.SIGTERM, request_stop)
+
+
+def _success_text(stats: dict[str, float]) -> str:
+    return (
+        f"{stats['eval/success_rate']:.1%} (95 % interval {stats['eval/success_low']:.1%} to "
+        f"{stats['eval/success_high']:.1%}, {stats['eval/num_tasks']:.0f} tasks)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What an environment and a task set are: the protocols that rollout/ and data/ rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypedDict, runtime_checkable
+
+
+class Info(TypedDict, total=False):
+    """What reset and step tell beside the text. Every key may be absent."""
+
+    admissible: list[str]
+    """Commands that are valid now."""
+    won: bool
+    """Whether the task is solved; decides `Trajectory.success`."""
+    action_valid: bool
+    """Whether the environment understood the last action. Default True."""
+    anchor: str
+    """The state now shown, for GiGPO. Default: the observation text."""
+    answered: bool
+    """Whether the message just taken was a final answer or, in games, an understood command. Default: terminated."""
+    messages: list[dict[str, Any]]
+    """From reset only: the whole opening conversation, in place of system prompt and observation."""
+    task_type: str
+    """A label for breakdowns of success."""
+
+
+StepResult = tuple[str, float, bool, bool, Info]
+"""(observation, reward, terminated, truncated, info), in Gymnasium's order."""
+
+Tool = Callable[..., Any]
+"""A typed function, sync or async, with a Google-style docstring; it returns what the model shall read."""
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One episode of one task. Made for a single trajectory, then closed.
+
+    A message of the policy that holds tool calls is answered by `tools`; any other message goes to `step`.
+    """
+
+    tools: Sequence[Tool]
+
+    async def reset(self, *, seed: int, options: Mapping[str, Any]) -> tuple[str, Info]:
+        """Start the task `options["index"]` of split `options["split"]`; return the first observation."""
+        ...
+
+    async def step(self, text: str) -> StepResult:
+        """Take one message of the policy and return what follows."""
+        ...
+
+    async def close(self) -> None:
+        """Free what reset took. Called once, also after an error."""
+        ...
+
+
+@runtime_checkable
+class Demonstrator(Protocol):
+    """An environment that can also show how it is solved, for the cold start."""
+
+    def expert(self) -> str:
+        """Return the message an expert would write in the present state."""
+        ...
+
+
+@runtime_checkable
+class TaskSet(Protocol):
+    """A family of tasks: how many there are, and a fresh environment for each trajectory."""
+
+    name: str
+    system_prompt: str
+    """Shown as the system message; empty for none."""
+    tools: Sequence[Tool]
+    """The tools whose schemas the chat template shows."""
+
+    def size(self, split: str) -> int:
+        """Return the number of tasks in `split`: "train", "eval" or, where there are demonstrations, "demo".
+
+        Raises TaskError for a split that the set does not have.
+        """
+        ...
+
+    def make(self) -> Environment:
+        """Return a fresh environment."""
+        ...

@@ -1,0 +1,166 @@
+"""Single-turn tasks from a file of prompts, graded by a Python function."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from spear_fast.config.schema import Section
+from spear_fast.errors import ConfigError, TaskError
+
+from .base import Info, StepResult, Tool
+from .prompt_rows import PromptRow, read_rows
+from .reward_functions import RewardFunction, call_arguments, load_reward, missing_columns
+from .splits import check_index, check_split, unit_hash
+
+
+class PromptParams(Section):
+    """The files and the reward."""
+
+    train_file: str
+    """Prompts in a .jsonl, .json or .parquet file, in TRL's or verl's columns."""
+    eval_file: str | None = None
+    """Held-out prompts."""
+    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Without eval_file: share of train_file that is held out, chosen by a hash of the prompt."""
+    reward: str = "exact_match"
+    """"exact_match", "numeric_match", "package.module:function" or "path/to/file.py:function"."""
+    success_reward: float = 1.0
+    """Reward from which on a prompt counts as solved."""
+    system_prompt: str = ""
+    """System message for prompts that are plain text; empty for none."""
+
+    @model_validator(mode="after")
+    def _one_source_of_eval(self) -> PromptParams:
+        if (self.eval_file is None) == (self.eval_fraction is None):
+            raise ValueError("set either task.params.eval_file or task.params.eval_fraction, and only one of them")
+        return self
+
+
+class PromptEnv:
+    """One prompt, one completion, one reward."""
+
+    def __init__(self, tasks: PromptTasks) -> None:
+        self._tasks = tasks
+        self._row: PromptRow | None = None
+        self.tools: Sequence[Tool] = ()
+
+    async def reset(self, *, seed: int, options: Mapping[str, Any]) -> tuple[str, Info]:
+        """Show prompt `options["index"]` of `options["split"]`: its last user message, and all as info["messages"].
+
+        Raises TaskError if there is no such prompt.
+        """
+        self._row = self._tasks.row(options["split"], options["index"])
+        info = Info()
+        if self._row.messages is not None:
+            info["messages"] = [dict(message) for message in self._row.messages]
+        task_type = self._row.columns.get("ability") or self._row.columns.get("data_source")
+        if isinstance(task_type, str):
+            info["task_type"] = task_type
+        return self._row.text, info
+
+    async def step(self, text: str) -> StepResult:
+        """Grade the completion `text` and end the episode. Raises TaskError if the reward function fails.
+
+        A function that is not async runs in the event loop: make slow ones async.
+        """
+        if self._row is None:
+            raise TaskError("step was called before reset; reset the environment first")
+        reward = await self._grade(self._row, text)
+        won = reward >= self._tasks.params.success_reward
+        return "", reward, True, False, Info(won=won, action_valid=True, answered=True)
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+    async def _grade(self, row: PromptRow, text: str) -> float:
+        function, name = self._tasks.reward, self._tasks.params.reward
+        try:
+            result = function(text, **call_arguments(function, row.columns))
+            if inspect.isawaitable(result):
+                result = await result
+            reward = float(result)
+        except Exception as error:
+            raise TaskError(f"reward {name!r} failed on {row.place}: {error!r}") from error
+        if not math.isfinite(reward):
+            raise TaskError(f"reward {name!r} gave {reward} on {row.place}; it must be a finite number")
+        return reward
+
+
+class PromptTasks:
+    """The prompts of one or two files in the splits train and eval, which share no prompt."""
+
+    Params = PromptParams
+
+    def __init__(self, params: PromptParams, seed: int) -> None:
+        self.name = "prompts"
+        self.params = params
+        self.system_prompt = params.system_prompt
+        self.tools: Sequence[Tool] = ()
+        self.reward: RewardFunction = load_reward(params.reward)
+        self._rows = _split_rows(params)
+        for row in (*self._rows["train"], *self._rows["eval"]):
+            _check_columns(row, self.reward, params.reward)
+
+    def size(self, split: str) -> int:
+        """Return the number of prompts in `split`. Raises TaskError for an unknown split."""
+        check_split(self.name, split, self._sizes)
+        return self._sizes[split]
+
+    def make(self) -> PromptEnv:
+        """Return a fresh environment."""
+        return PromptEnv(self)
+
+    def row(self, split: str, index: int) -> PromptRow:
+        """Return a prompt, in the order of the file. Raises TaskError if there is none."""
+        check_index(self.name, split, index, self._sizes)
+        return self._rows[split][index]
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {split: len(rows) for split, rows in self._rows.items()}
+
+
+def _split_rows(params: PromptParams) -> dict[str, list[PromptRow]]:
+    rows = read_rows(Path(params.train_file))
+    if params.eval_file is not None:
+        split = {"train": rows, "eval": read_rows(Path(params.eval_file))}
+        _check_disjoint(split)
+        return split
+    share = params.eval_fraction or 0.0
+    # Equal prompts have equal hashes, so a repeated prompt stays on one side.
+    held_out = [unit_hash(row.identity) < share for row in rows]
+    split = {
+        "train": [row for row, out in zip(rows, held_out, strict=True) if not out],
+        "eval": [row for row, out in zip(rows, held_out, strict=True) if out],
+    }
+    if not all(split.values()):
+        raise ConfigError(
+            f"task.params.eval_fraction={share} leaves a split of {params.train_file} ({len(rows)} rows) empty; "
+            f"change it or give more rows"
+        )
+    return split
+
+
+def _check_disjoint(split: dict[str, list[PromptRow]]) -> None:
+    held_out = {row.identity: row.place for row in split["eval"]}
+    shared = [row for row in split["train"] if row.identity in held_out]
+    if shared:
+        raise TaskError(
+            f"{len(shared)} prompts are in both task.params.train_file and eval_file, the first at {shared[0].place} "
+            f"and {held_out[shared[0].identity]}; remove them from one"
+        )
+
+
+def _check_columns(row: PromptRow, reward: RewardFunction, name: str) -> None:
+    missing = missing_columns(reward, row.columns)
+    if missing:
+        raise TaskError(
+            f"{row.place}: field {missing[0]!r} is missing, reward {name!r} needs it; "
+            f"the row has {', '.join(row.columns) or 'no other fields'}"
+        )

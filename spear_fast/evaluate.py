@@ -1,0 +1,41 @@
+"""Held-out evaluation: success with a confidence interval."""
+
+from __future__ import annotations
+
+from spear_fast.config.schema import RunConfig
+from spear_fast.data.prompts import eval_tasks
+from spear_fast.envs.base import TaskSet
+from spear_fast.rollout.collector import Collector
+from spear_fast.statistics import wilson
+from spear_fast.types import Group
+
+
+def evaluate(config: RunConfig, tasks: TaskSet, collector: Collector) -> tuple[dict[str, float], list[Group]]:
+    """Roll out the held-out tasks and count successes.
+
+    The draws do not depend on the training step, so that evaluations of one run are paired. A trajectory that failed
+    for whatever reason counts as no success.
+
+    Returns:
+        Statistics `eval/...` with the 95 % Wilson interval over tasks, and the groups. With several samples per task
+        the interval treats a task as one trial, which is conservative.
+
+    Raises:
+        TaskError: The task set has no held-out tasks.
+    """
+    chosen = eval_tasks(tasks, config.eval.num_tasks, config.seed)
+    groups, stats = collector.collect(chosen, config.eval.samples, tag="eval", temperature=config.eval.temperature)
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    rate = sum(trajectory.success for trajectory in trajectories) / len(trajectories)
+    low, high = wilson(round(rate * len(groups)), len(groups))
+    mean_calls = sum(trajectory.num_tool_calls for trajectory in trajectories) / len(trajectories)
+    return {
+        "eval/success_rate": rate,
+        "eval/success_low": low,
+        "eval/success_high": high,
+        "eval/num_tasks": float(len(groups)),
+        "eval/outcome_mean": sum(trajectory.outcome_reward for trajectory in trajectories) / len(trajectories),
+        "eval/tool_calls_mean": mean_calls,
+        "eval/turns_mean": stats["rollout/turns_mean"],
+        "eval/failed_frac": sum(not trajectory.status.usable for trajectory in trajectories) / len(trajectories),
+    }, groups

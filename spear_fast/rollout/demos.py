@@ -1,0 +1,139 @@
+"""Expert demonstrations for the cold start: played through the same episodes, then rendered to training rows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spear_fast.data.prompts import make_task
+from spear_fast.envs.base import Demonstrator, Environment, TaskSet, Tool
+from spear_fast.errors import TaskError
+from spear_fast.rollout.episode import Episode, EpisodeLimits
+from spear_fast.rollout.scripted_engine import ScriptedEngine
+from spear_fast.types import Row, Task, Trajectory
+
+if TYPE_CHECKING:
+    from spear_fast.data.chat import Chat
+
+Messages = list[dict[str, Any]]
+
+_END = 256
+
+
+class _Utf8Chat:
+    """Tokens are bytes: enough to play an episode before any tokenizer exists."""
+
+    stop_ids: tuple[int, ...] = (_END,)
+
+    def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        return [_END]
+
+    def continuation(self, messages: Sequence[dict[str, Any]], ended: bool) -> list[int]:
+        return [_END]
+
+    def decode(self, tokens: Sequence[int]) -> tuple[str, bool]:
+        return bytes(token for token in tokens if token != _END).decode(), True
+
+
+class _ExpertTasks:
+    """A task set of one environment, whose expert answers the requests."""
+
+    def __init__(self, tasks: TaskSet) -> None:
+        self.name = tasks.name
+        self.system_prompt = tasks.system_prompt
+        self.tools: Sequence[Tool] = tasks.tools
+        self._environment = tasks.make()
+
+    def size(self, split: str) -> int:
+        return 1
+
+    def make(self) -> Environment:
+        return self._environment
+
+    def reply(self, _: object) -> list[int]:
+        assert isinstance(self._environment, Demonstrator)
+        return [*self._environment.expert().encode(), _END]
+
+
+def demonstrate(tasks: TaskSet, count: int, *, max_turns: int, seed: int) -> list[Messages]:
+    """Let the expert solve `count` tasks of the "demo" split ("train" where there is none).
+
+    Returns:
+        One transcript per task, in OpenAI's message shape.
+
+    Raises:
+        TaskError: The environment has no `expert`, or its expert failed.
+    """
+    if not isinstance(tasks.make(), Demonstrator):
+        raise TaskError(
+            f"task set {tasks.name!r} has no expert(), so there is nothing to cold-start from; set cold_start.steps=0 "
+            "and model.path to a model that can already act"
+        )
+    split, size = _demo_split(tasks)
+    limits = EpisodeLimits(max_turns, 1 << 16, 1 << 20, 1.0, 30.0, 0, 60.0, 1 << 20)
+
+    async def play() -> list[Messages]:
+        return [
+            await _demonstrate_one(tasks, make_task(tasks.name, split, index, seed), limits)
+            for index in range(min(count, size))
+        ]
+
+    return asyncio.run(play())
+
+
+def _demo_split(tasks: TaskSet) -> tuple[str, int]:
+    try:
+        size = tasks.size("demo")
+    except TaskError:
+        size = 0
+    return ("demo", size) if size else ("train", tasks.size("train"))
+
+
+async def _demonstrate_one(tasks: TaskSet, task: Task, limits: EpisodeLimits) -> Messages:
+    expert = _ExpertTasks(tasks)
+    trajectory = Trajectory(task, group_id=0, sample=0, uid=0, version=0)
+    await Episode(trajectory, expert, ScriptedEngine(expert.reply), _Utf8Chat(), limits, seed=0).run()
+    if not trajectory.success:
+        raise TaskError(
+            f"the expert of {tasks.name!r} failed on {task.split} task {task.index} within rollout.max_turns="
+            f"{limits.max_turns} ({trajectory.error or trajectory.status.value}); raise rollout.max_turns or mend it"
+        )
+    return trajectory.messages
+
+
+def demonstration_text(messages: Messages) -> str:
+    """Return a transcript as plain text, for training a tokenizer."""
+    return "\n".join(f"{message['role']}\n{message['content']}" for message in messages)
+
+
+def demonstration_row(messages: Messages, chat: Chat, uid: int) -> Row:
+    """Return a transcript as a training row: action tokens are the assistant's, each with advantage 1.
+
+    The tokens are those that rollout would have produced: opening, message, continuation, message, ...
+    """
+    first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    tokens = chat.prompt(messages[:first])
+    mask = [False] * len(tokens)
+    observed: Messages = []
+    for message in messages[first:]:
+        if message["role"] != "assistant":
+            observed.append(message)
+            continue
+        between = chat.continuation(observed, ended=True) if observed else []
+        spoken = chat.message(message["content"])
+        tokens += between + spoken
+        mask += [False] * len(between) + [True] * len(spoken)
+        observed = []
+    action_mask = np.array(mask)
+    return Row(
+        uid=uid,
+        group_id=uid,
+        version=0,
+        tokens=np.array(tokens, dtype=np.int32),
+        action_mask=action_mask,
+        old_logp=np.zeros(len(tokens), dtype=np.float32),
+        advantages=action_mask.astype(np.float32),
+    )

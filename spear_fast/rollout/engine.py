@@ -1,0 +1,76 @@
+"""The interface between rollout and whatever samples tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One message to sample, token-in.
+
+    Example: `GenerationRequest(uid=7, prompt=[1, 5, 9], max_tokens=64, temperature=1.0, stop_ids=(2,), seed=123)`.
+    """
+
+    uid: int
+    """The trajectory; a later request of the same uid extends the earlier one, so its cache can be kept."""
+    prompt: list[int]
+    """All tokens so far."""
+    max_tokens: int
+    temperature: float
+    """0 means greedy; log-probs are then those at temperature 1."""
+    stop_ids: tuple[int, ...]
+    seed: int
+    """Draws depend on (seed, position) only, never on the batch they were sampled in."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The sampled tokens, token-out."""
+
+    tokens: list[int]
+    """Sampled tokens, the stop token included."""
+    logps: list[float]
+    """Log-prob of each sampled token at the sampling temperature, nats."""
+    finish: Literal["stop", "length", "abort"]
+    version: int
+    """Version of the weights that sampled it."""
+
+
+class Engine(Protocol):
+    """Samples many requests at once; requests may arrive and finish at any time (continuous batching)."""
+
+    weights_version: int
+    max_model_tokens: int
+    """Longest prompt plus completion, in tokens."""
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """Sample one completion. Raises EngineError if the request cannot be served."""
+        ...
+
+    def participant(self) -> AbstractContextManager[None]:
+        """Mark a coroutine that will send requests. In deterministic mode the engine advances only when every
+        participant waits for it, which makes batches independent of how long tools take."""
+        ...
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Copy new weights in, drop every cache computed with the old ones, and take the new version."""
+        ...
+
+    def sleep(self) -> None:
+        """Free what generation holds (caches); weights_version is kept."""
+        ...
+
+    def wake(self) -> None:
+        """Make the engine ready for requests again."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...

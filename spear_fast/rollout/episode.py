@@ -1,0 +1,196 @@
+"""One trajectory: the coroutine that lets policy, tools and environment talk, and records every token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from spear_fast.envs.base import Environment, Info, TaskSet
+from spear_fast.errors import EngineError
+from spear_fast.rollout.engine import Completion, Engine, GenerationRequest
+from spear_fast.rollout.tool_calls import ToolTimeoutError, parse_tool_calls, run_tool
+from spear_fast.seeds import derive_seed
+from spear_fast.types import Status, Trajectory, Turn
+
+if TYPE_CHECKING:
+    from spear_fast.envs.base import Tool
+
+
+class Chat(Protocol):
+    """What an episode needs of data/chat.py."""
+
+    stop_ids: tuple[int, ...]
+
+    def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]: ...
+
+    def continuation(self, messages: Sequence[dict[str, Any]], ended: bool) -> list[int]: ...
+
+    def decode(self, tokens: Sequence[int]) -> tuple[str, bool]: ...
+
+
+@dataclass(frozen=True)
+class EpisodeLimits:
+    """Limits of one trajectory; tokens, seconds and characters as in `RolloutConfig`."""
+
+    max_turns: int
+    max_turn_tokens: int
+    max_tokens: int
+    temperature: float
+    tool_timeout_s: float
+    tool_retries: int
+    env_timeout_s: float
+    max_observation_chars: int
+
+
+class Episode:
+    """Runs one trajectory to its end. Whatever fails becomes the trajectory's status, never an exception."""
+
+    def __init__(
+        self, trajectory: Trajectory, tasks: TaskSet, engine: Engine, chat: Chat, limits: EpisodeLimits, seed: int
+    ) -> None:
+        """
+        Args:
+            trajectory: Empty but for its identity; filled in place.
+            tasks: Makes the environment.
+            engine: Samples the messages.
+            chat: Renders and decodes them.
+            limits: Limits of turns, tokens and time.
+            seed: Of this trajectory's draws; turn k samples with `derive_seed(seed, k)`.
+        """
+        self.trajectory = trajectory
+        self._tasks = tasks
+        self._engine = engine
+        self._chat = chat
+        self._limits = limits
+        self._seed = seed
+        self._anchor: str | None = None
+
+    async def run(self) -> Trajectory:
+        """Play the episode and return the filled trajectory."""
+        trajectory = self.trajectory
+        environment = self._tasks.make()
+        try:
+            await self._play(environment)
+        except ToolTimeoutError as error:
+            trajectory.status, trajectory.error = Status.TOOL_TIMEOUT, str(error)
+        except EngineError as error:
+            trajectory.status, trajectory.error = Status.ENGINE_ABORT, str(error)
+        except Exception as error:
+            trajectory.status, trajectory.error = Status.ENV_ERROR, f"{type(error).__name__}: {error}"
+        finally:
+            await self._close(environment)
+        return trajectory
+
+    async def _play(self, environment: Environment) -> None:
+        await self._reset(environment)
+        for turn in range(self._limits.max_turns):
+            completion = await self._speak(turn)
+            if completion is None or completion.finish == "length":
+                self.trajectory.status = Status.TRUNCATED
+                return
+            if await self._respond(environment):
+                return
+
+    async def _reset(self, environment: Environment) -> None:
+        task = self.trajectory.task
+        options = {"split": task.split, "index": task.index}
+        text, info = await asyncio.wait_for(
+            environment.reset(seed=task.seed, options=options), self._limits.env_timeout_s
+        )
+        self._anchor = info.get("anchor", text)
+        messages = info.get("messages")
+        if messages is None:
+            system = [{"role": "system", "content": self._tasks.system_prompt}] if self._tasks.system_prompt else []
+            messages = [*system, {"role": "user", "content": text}]
+        self.trajectory.messages.extend(messages)
+        self._append(self._chat.prompt(messages))
+
+    async def _speak(self, turn: int) -> Completion | None:
+        """Sample one message; None when no token fits any more."""
+        trajectory, limits = self.trajectory, self._limits
+        start = len(trajectory.tokens)
+        room = min(limits.max_turn_tokens, limits.max_tokens - start)
+        if room < 1:
+            return None
+        completion = await self._engine.generate(
+            GenerationRequest(
+                uid=trajectory.uid,
+                prompt=list(trajectory.tokens),
+                max_tokens=room,
+                temperature=limits.temperature,
+                stop_ids=self._chat.stop_ids,
+                seed=derive_seed(self._seed, turn),
+            )
+        )
+        if completion.finish == "abort":
+            raise EngineError(f"the engine aborted request {trajectory.uid}")
+        self._append(completion.tokens, completion.logps)
+        trajectory.version = completion.version if turn == 0 else min(trajectory.version, completion.version)
+        text, readable = self._chat.decode(completion.tokens)
+        trajectory.readable &= readable
+        trajectory.turns.append(Turn(start, len(trajectory.tokens), anchor=self._anchor))
+        trajectory.messages.append({"role": "assistant", "content": text})
+        return completion
+
+    async def _respond(self, environment: Environment) -> bool:
+        """Answer the last message by tools or by the environment; return whether the episode is over."""
+        text = self.trajectory.messages[-1]["content"]
+        if environment.tools and "<tool_call>" in text:
+            await self._call_tools(text, environment.tools)
+            return False
+        observation, reward, terminated, truncated, info = await asyncio.wait_for(
+            environment.step(text), self._limits.env_timeout_s
+        )
+        self._score(reward, terminated, info)
+        if terminated or truncated:
+            return True
+        self._anchor = info.get("anchor", observation)
+        self._observe([{"role": "user", "content": self._shortened(observation)}])
+        return False
+
+    async def _call_tools(self, text: str, tools: Sequence[Tool]) -> None:
+        results = []
+        for call in parse_tool_calls(text):
+            result = await run_tool(
+                call, tools, timeout_s=self._limits.tool_timeout_s, retries=self._limits.tool_retries
+            )
+            self.trajectory.num_tool_calls += 1
+            self.trajectory.num_valid_tool_calls += result.valid
+            self.trajectory.turns[-1].action_valid &= result.valid
+            results.append({"role": "tool", "content": self._shortened(result.text)})
+        self._anchor = "\n".join(result["content"] for result in results)
+        self._observe(results)
+
+    def _score(self, reward: float, terminated: bool, info: Info) -> None:
+        trajectory = self.trajectory
+        turn = trajectory.turns[-1]
+        turn.reward = float(reward)
+        turn.action_valid = bool(info.get("action_valid", True))
+        trajectory.outcome_reward += float(reward)
+        trajectory.success = bool(info.get("won", False))
+        trajectory.answered = trajectory.answered or bool(info.get("answered", terminated))
+
+    def _observe(self, messages: list[dict[str, Any]]) -> None:
+        self.trajectory.messages.extend(messages)
+        self._append(self._chat.continuation(messages, ended=True))
+
+    def _append(self, tokens: Sequence[int], logps: Sequence[float] | None = None) -> None:
+        trajectory = self.trajectory
+        trajectory.tokens.extend(tokens)
+        trajectory.action_mask.extend([logps is not None] * len(tokens))
+        trajectory.logps.extend(logps if logps is not None else [0.0] * len(tokens))
+
+    def _shortened(self, text: str) -> str:
+        limit = self._limits.max_observation_chars
+        if len(text) <= limit:
+            return text
+        half = limit // 2
+        return f"{text[:half]}\n[{len(text) - 2 * half} characters left out]\n{text[-half:]}"
+
+    async def _close(self, environment: Environment) -> None:
+        try:
+            await asyncio.wait_for(environment.close(), self._limits.env_timeout_s)
+        except Exception as error:
+            self.trajectory.error = self.trajectory.error or f"close failed: {type(error).__name__}: {error}"

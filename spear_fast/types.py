@@ -1,0 +1,172 @@
+"""The nouns every room speaks: task, turn, trajectory, group, training row, micro-batch.
+
+Dimension legend used in names and comments across the project:
+`L` tokens of one sequence, `T` packed tokens, `N` packed action tokens, `R` rows (sequences), `G` samples of one
+prompt, `P` prompts, `V` vocabulary, `H` hidden width. Log-probabilities are natural logs at the sampling temperature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Status(str, Enum):
+    """How a trajectory ended. Only OK and TRUNCATED ones reach the advantage."""
+
+    OK = "ok"
+    """The environment ended the episode, or the policy used up its turns."""
+    TRUNCATED = "truncated"
+    """A token limit cut the sampled text."""
+    ENV_ERROR = "env_error"
+    """The environment raised or timed out."""
+    TOOL_TIMEOUT = "tool_timeout"
+    """A tool did not answer within its timeout, retries included."""
+    ENGINE_ABORT = "engine_abort"
+    """The engine gave up on a request."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether the trajectory may enter rewards, advantages and the loss."""
+        return self in (Status.OK, Status.TRUNCATED)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem of a task set: `Task("calculator", "train", 17, seed=...)` is the 18th training problem."""
+
+    name: str
+    split: str
+    index: int
+    seed: int
+
+
+@dataclass
+class Turn:
+    """One sampled message: tokens[start:end] of its trajectory, and what the environment made of it.
+
+    Example: a call of the calculator sampled as tokens 40..57 is `Turn(start=40, end=58, anchor="...", reward=0.0)`.
+    """
+
+    start: int
+    end: int
+    anchor: str | None = None
+    """The state the policy saw before acting; equal anchors of one group form a GiGPO step group."""
+    reward: float = 0.0
+    action_valid: bool = True
+
+
+@dataclass
+class Trajectory:
+    """One episode, token by token.
+
+    Example of two turns, `P` prompt, `A` sampled, `O` observation (tool result, template):
+        tokens       P P P A A A O O O A A
+        action_mask  0 0 0 1 1 1 0 0 0 1 1
+        logps        0 0 0 x x x 0 0 0 x x     (log-prob of the sampled token, nats)
+        turns        [Turn(3, 6), Turn(9, 11)]
+    """
+
+    task: Task
+    group_id: int
+    sample: int
+    """Index within its group, 0..G-1."""
+    uid: int
+    """Unique in the run; keys the counter-based draws."""
+    version: int
+    """Policy version that sampled the first turn."""
+    tokens: list[int] = field(default_factory=list)
+    action_mask: list[bool] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """The readable transcript, in OpenAI's message shape."""
+    status: Status = Status.OK
+    error: str | None = None
+    num_tool_calls: int = 0
+    num_valid_tool_calls: int = 0
+    answered: bool = False
+    """Whether some message was a final answer or, in games, an understood command."""
+    readable: bool = True
+    """False when sampled tokens do not decode to valid UTF-8."""
+    success: bool = False
+    outcome_reward: float = 0.0
+    """Sum of the environment's rewards."""
+    intrinsic_reward: float = 0.0
+    """R_tool before weighting, filled by rewards/."""
+    reward: float = 0.0
+    """R = outcome + mu * intrinsic, filled by rewards/."""
+    filtered: str | None = None
+    """Why the Dr.BoT filters zero its mask, or None."""
+    advantages: np.ndarray | None = None
+    """float32 [L], filled by advantages/; zero outside action tokens."""
+
+    @property
+    def num_action_tokens(self) -> int:
+        return sum(self.action_mask)
+
+
+@dataclass
+class Group:
+    """The G trajectories of one prompt."""
+
+    group_id: int
+    task: Task
+    trajectories: list[Trajectory]
+
+
+@dataclass
+class Row:
+    """One sequence as the loss sees it, without padding.
+
+    `old_logp` and `advantages` are aligned with `tokens` and mean something where `action_mask` is True.
+    Example: tokens [5, 6, 7], action_mask [F, F, T], old_logp [0, 0, -0.3], advantages [0, 0, 1.2].
+    """
+
+    uid: int
+    group_id: int
+    version: int
+    """Policy version that sampled it, in training steps."""
+    tokens: np.ndarray  # int32 [L]
+    action_mask: np.ndarray  # bool [L]
+    old_logp: np.ndarray  # float32 [L]
+    advantages: np.ndarray  # float32 [L]
+    reward: float = 0.0
+    ref_logp: np.ndarray | None = None  # float32 [L]
+    weight: np.ndarray | None = None  # float32 [L], importance weight of each token; None means 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_action_tokens(self) -> int:
+        return int(self.action_mask.sum())
+
+
+@dataclass
+class MicroBatch:
+    """Packed sequences for one forward pass, and the action tokens the loss reads from it.
+
+    Sequence s occupies input_ids[cu_seqlens[s]:cu_seqlens[s + 1]]. The hidden state at `predictors[n]` predicts
+    `targets[n]`, so row n of every [N] tensor belongs to one action token.
+    """
+
+    input_ids: torch.Tensor  # int64 [T]
+    position_ids: torch.Tensor  # int64 [T], restarts at 0 in each sequence
+    cu_seqlens: torch.Tensor  # int32 [R + 1]
+    predictors: torch.Tensor  # int64 [N], index into T
+    targets: torch.Tensor  # int64 [N]
+    old_logp: torch.Tensor  # float32 [N]
+    advantages: torch.Tensor  # float32 [N]
+    seq_ids: torch.Tensor  # int64 [N], the row's uid
+    positions: torch.Tensor  # int64 [N], rank of the token among its row's action tokens
+    row_index: torch.Tensor  # int64 [R], place of each sequence in the list that was packed
+    ref_logp: torch.Tensor | None = None  # float32 [N]
+    weight: torch.Tensor | None = None  # float32 [N]

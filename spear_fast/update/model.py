@@ -1,0 +1,217 @@
+"""The policy network: build or load it, run it on packed sequences, and refuse one that cannot be run so."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from spear_fast.errors import ConfigError
+from spear_fast.types import MicroBatch
+
+from .attention import AttentionPlan, packed_attention, plan_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spear_fast.config.schema import ModelInit
+
+ATTENTION = "spear_packed"
+"""Name of the attention in transformers' registry: packed when a plan is passed, like "sdpa" otherwise."""
+
+
+class PackedModel:
+    """A Hugging Face causal model seen as two parts: packed tokens -> hidden states, and the head as plain tensors.
+
+    The model keeps working as usual (`model(...)`, `generate`); only calls made through this class are packed.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises ConfigError when the model's attention or head cannot be used this way."""
+        head, decoder = model.get_output_embeddings(), model.get_decoder()
+        if head is None or decoder is model:
+            raise ConfigError(f"{type(model).__name__} is not a causal language model with a head; load one that is")
+        model.set_attn_implementation(ATTENTION)
+        if model.config._attn_implementation != ATTENTION:
+            raise ConfigError(
+                f"{type(model).__name__} does not take its attention from transformers' registry; use one "
+                "of the Qwen2, Qwen3, Llama, Mistral or Gemma families"
+            )
+        # Dropout would make the trainer's log-probs differ from the sampler's.
+        self.model = model.eval()
+        self._decoder: nn.Module = decoder
+        self._head: Any = head
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The LM head: weight [V, H], the embedding itself when tied, and bias [V] or None."""
+        return self._head.weight, getattr(self._head, "bias", None)
+
+    def frozen_copy(self) -> PackedModel:
+        """A copy with its own weights, which want no gradients."""
+        return PackedModel(copy.deepcopy(self.model).requires_grad_(False))
+
+    def hidden_states(self, batch: MicroBatch, plan: AttentionPlan | None = None) -> torch.Tensor:
+        """Final hidden states [T, H] of a packed micro-batch, without the head.
+
+        `plan` comes from `plan_attention`; None derives it from `batch.cu_seqlens`, which waits for the device.
+        """
+        if plan is None:
+            plan = plan_attention(batch.cu_seqlens.diff().tolist(), batch.input_ids.device)
+        output = self._decoder(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            # A mask of four dimensions is taken as ready-made, which keeps transformers from building a [T, T] one.
+            attention_mask=batch.input_ids.new_empty((1, 1, 0, 0)),
+            use_cache=False,
+            attention_plan=plan,
+        )
+        return output.last_hidden_state[0]
+
+
+def build_model(
+    shape: ModelInit, *, vocab_size: int, eos_id: int, bos_id: int | None = None, seed: int, dtype: torch.dtype
+) -> Qwen2ForCausalLM:
+    """Build a Qwen2-architecture model with random weights on the CPU; the same seed gives the same weights.
+
+    `vocab_size` is the tokenizer's. The global random state is left as it was.
+    """
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        max_position_embeddings=shape.max_positions,
+        tie_word_embeddings=shape.tie_embeddings,
+        initializer_range=shape.init_std,
+        eos_token_id=eos_id,
+        bos_token_id=bos_id,
+        # A padding id would freeze that token's embedding, and packed batches hold no padding.
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    nn.Module.to(model, dtype=dtype)
+    return model.eval()
+
+
+def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a Hugging Face causal model from a folder, on the CPU. Raises ConfigError if `path` does not hold one."""
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(
+            f"model.path={path!r} is not a folder with a config.json; give the folder of a Hugging Face "
+            "causal model, or null to build a random one"
+        )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(
+            f"model.path={path!r} does not hold a causal model that transformers can load: {error}"
+        ) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ConfigError(
+            f"model.path={path!r} lacks weights of its own architecture ({missing}, ...); "
+            "it is not a causal language model, or the download is incomplete"
+        )
+    return model.eval()
+
+
+@torch.no_grad()
+def probe_isolation(packed: PackedModel) -> None:
+    """Check on a few random tokens that packing changes nothing: no leak between sequences, same logits as unpacked.
+
+    Raises ConfigError naming what differs. Cheap (three forward passes of under 30 tokens); run it once at start.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = packed.head[0].shape[0]
+    # The second and the third sequence share a bucket, the first has its own.
+    lengths = [11, 5, 4]
+    first, second, third = (torch.randint(vocab_size, (n,), generator=generator).to(packed.device) for n in lengths)
+    other = (first + 1) % vocab_size
+    before = _packed_logits(packed, [first, second, third])
+    after = _packed_logits(packed, [other, second, third])
+    alone = _plain_logits(packed, [first, second, third])
+    name, rounding = type(packed.model).__name__, 1e-3 if before[0].dtype == torch.float32 else 0.1
+    for index in (1, 2):
+        if _relative_gap(after[index], before[index]) > 1e-3:
+            raise ConfigError(
+                f"attention of {name} leaks: changing one packed sequence changed the logits of another; "
+                f"attention implementation {packed.model.config._attn_implementation!r} cannot be used packed"
+            )
+    for index, logits in enumerate(alone):
+        if (gap := _relative_gap(before[index], logits)) > rounding:
+            raise ConfigError(
+                f"{name} gives other logits packed than alone (relative difference {gap:.2g}); its attention "
+                "or its head does more than this trainer supports (soft-capping, logit scaling)"
+            )
+
+
+def _packed_logits(packed: PackedModel, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits [L, V] of each sequence, from one packed pass."""
+    lengths = [len(ids) for ids in sequences]
+    device = packed.device
+    nothing = torch.zeros(0, device=device)
+    plan = plan_attention(lengths, device)
+    batch = MicroBatch(
+        input_ids=torch.cat(list(sequences)),
+        position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]),
+        cu_seqlens=plan.cu_seqlens,
+        **dict.fromkeys(("predictors", "targets", "old_logp", "advantages", "seq_ids", "positions"), nothing),
+        row_index=torch.arange(len(lengths), device=device),
+    )
+    logits = nn.functional.linear(packed.hidden_states(batch, plan), *packed.head)
+    return list(logits.split(lengths))
+
+
+def _plain_logits(packed: PackedModel, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits [L, V] of each sequence, one at a time, by transformers' own head and plainest attention."""
+    packed.model.set_attn_implementation("eager")
+    try:
+        return [packed.model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
+    finally:
+        packed.model.set_attn_implementation(ATTENTION)
+
+
+def _relative_gap(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return ((actual - expected).float().norm() / expected.float().norm().clamp(min=1e-6)).item()
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    attention_plan: AttentionPlan | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: [1, heads, T, D] in, [1, T, heads, D] out."""
+    if attention_plan is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
+        )
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return packed_attention(query, key, value, attention_plan, scaling, sliding_window)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,9 @@
+"""Settings of the whole test run."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+# A deadline would be an assertion about time, which a busy machine breaks.
+settings.register_profile("untimed")
+settings.load_profile("untimed")

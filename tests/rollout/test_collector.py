@@ -1,0 +1,89 @@
+"""Many trajectories at once: order, bounds, overlap of slow tools, and what failures do to a step."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from spear_fast.data.chat import Chat
+from spear_fast.data.tokenizer import train_tokenizer
+from spear_fast.errors import EngineError
+from spear_fast.rollout.collector import Collector
+from spear_fast.rollout.scripted_engine import ScriptedEngine
+from spear_fast.types import Status, Task
+from tests.rollout.test_episode import LIMITS
+from tests.toys import GuessEnv, GuessTasks
+
+
+class SlowEnv(GuessEnv):
+    running = 0
+    most = 0
+
+    async def step(self, text):
+        SlowEnv.running += 1
+        SlowEnv.most = max(SlowEnv.most, SlowEnv.running)
+        await asyncio.sleep(0.05)
+        SlowEnv.running -= 1
+        return await super().step(text)
+
+
+class FlakyTasks(GuessTasks):
+    """Every `period`-th environment raises."""
+
+    def __init__(self, period: int, environment: Callable = GuessEnv) -> None:
+        self._period, self._made, self._environment = period, 0, environment
+
+    def make(self):
+        self._made += 1
+        env = self._environment()
+        if self._period and self._made % self._period == 0:
+            env.step = None
+        return env
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return Chat(train_tokenizer(["digit? user assistant 0123456789"] * 9, 290))
+
+
+def tasks_for(count: int) -> list[Task]:
+    return [Task("guess", "train", index, seed=index) for index in range(count)]
+
+
+def collector(chat: Chat, tasks: GuessTasks, concurrent: int = 64) -> Collector:
+    engine = ScriptedEngine(lambda request: chat.message(str(request.seed % 10)))
+    return Collector(tasks, engine, chat, LIMITS, max_concurrent=concurrent, seed=3)
+
+
+def test_groups_come_in_the_order_of_the_tasks_with_their_uids(chat):
+    groups, stats = collector(chat, FlakyTasks(0)).collect(tasks_for(5), 4, tag="train/0", first_uid=100)
+    assert [group.task.index for group in groups] == list(range(5))
+    assert [t.uid for group in groups for t in group.trajectories] == list(range(100, 120))
+    assert stats["rollout/trajectories"] == 20 and stats["rollout/status_ok_frac"] == 1.0
+
+
+def test_draws_depend_on_run_seed_tag_and_place_only(chat):
+    def texts(concurrent: int, tag: str) -> list[str]:
+        groups, _ = collector(chat, FlakyTasks(0), concurrent).collect(tasks_for(5), 4, tag=tag)
+        return [t.messages[-1]["content"] for group in groups for t in group.trajectories]
+
+    assert texts(64, "a") == texts(2, "a") != texts(64, "b")
+
+
+def test_concurrency_is_used_and_bounded(chat):
+    SlowEnv.most = 0
+    collector(chat, FlakyTasks(0, SlowEnv), concurrent=8).collect(tasks_for(4), 8, tag="t")
+    assert SlowEnv.most == 8
+
+
+def test_failures_are_counted_and_kept_apart(chat):
+    groups, stats = collector(chat, FlakyTasks(4)).collect(tasks_for(4), 4, tag="t")
+    failed = [t for group in groups for t in group.trajectories if t.status is Status.ENV_ERROR]
+    assert len(failed) == 4 and stats["rollout/status_env_error_frac"] == 0.25
+
+
+def test_a_step_in_which_everything_failed_is_an_error_with_its_cause(chat):
+    with pytest.raises(EngineError, match=r"all 4 trajectories .* env_error: TypeError"):
+        collector(chat, FlakyTasks(1)).collect(tasks_for(2), 2, tag="t")

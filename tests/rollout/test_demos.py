@@ -1,0 +1,66 @@
+"""Demonstrations: rows hold exactly the tokens that a rollout of the same messages would have."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from spear_fast.data.chat import Chat
+from spear_fast.data.prompts import make_task
+from spear_fast.data.tokenizer import train_tokenizer
+from spear_fast.envs.registry import make_task_set
+from spear_fast.envs.tool_schema import tool_schema
+from spear_fast.errors import TaskError
+from spear_fast.rollout.demos import demonstrate, demonstration_row, demonstration_text
+from spear_fast.rollout.episode import Episode
+from spear_fast.rollout.scripted_engine import ScriptedEngine
+from spear_fast.types import Trajectory
+from tests.rollout.test_episode import LIMITS
+from tests.toys import GuessEnv, GuessTasks
+
+
+@pytest.mark.parametrize("name", ["calculator", "treasure"])
+def test_rows_equal_a_rollout_of_the_same_messages(name):
+    tasks = make_task_set(name, {}, seed=1)
+    demos = demonstrate(tasks, 6, max_turns=30, seed=2)
+    chat = Chat(train_tokenizer(map(demonstration_text, demos), 400), [tool_schema(tool) for tool in tasks.tools])
+    for index, messages in enumerate(demos):
+        spoken = iter([m["content"] for m in messages if m["role"] == "assistant"])
+        trajectory = Trajectory(make_task(name, "demo", index, 2), 0, 0, 0, 0)
+        limits = replace(LIMITS, max_turns=30, max_tokens=4096, max_observation_chars=4096)
+        engine = ScriptedEngine(lambda _, spoken=spoken: chat.message(next(spoken)))
+        asyncio.run(Episode(trajectory, tasks, engine, chat, limits, seed=0).run())
+        row = demonstration_row(messages, chat, uid=index)
+        assert trajectory.success
+        assert row.tokens.tolist() == trajectory.tokens
+        assert row.action_mask.tolist() == trajectory.action_mask
+        assert np.array_equal(row.advantages, row.action_mask.astype(np.float32))
+
+
+def test_a_task_set_without_an_expert_is_refused():
+    class Mute:
+        tools = ()
+        reset, step, close = GuessEnv.reset, GuessEnv.step, GuessEnv.close
+
+    class Tasks(GuessTasks):
+        def make(self):
+            return Mute()
+
+    with pytest.raises(TaskError, match=r"has no expert\(\)"):
+        demonstrate(Tasks(None, 0), 2, max_turns=2, seed=0)
+
+
+def test_an_expert_that_fails_is_reported():
+    class Wrong(GuessEnv):
+        def expert(self):
+            return "x"
+
+    class Tasks(GuessTasks):
+        def make(self):
+            return Wrong()
+
+    with pytest.raises(TaskError, match="expert of 'guess' failed on demo task 0"):
+        demonstrate(Tasks(None, 0), 2, max_turns=2, seed=0)
