@@ -62,7 +62,9 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     from spear_fast.log.progress import make_progress
     from spear_fast.trainer import Trainer
+    from spear_fast.update.model import silence_progress_bars
 
+    silence_progress_bars()
     with make_progress(config.log.progress, config.steps, config.name) as progress:
         trainer = Trainer(config, progress, resume=args.resume)
         try:
@@ -96,7 +98,9 @@ def _report(trainer: Trainer) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from spear_fast.assemble import load_policy, make_collector, make_engine, make_tasks
     from spear_fast.evaluate import evaluate
+    from spear_fast.update.model import silence_progress_bars
 
+    silence_progress_bars()
     config, model = _eval_config(args.source, args.task, args.overrides)
     tasks = make_tasks(config)
     policy = load_policy(model, config, tasks)

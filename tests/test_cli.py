@@ -43,10 +43,9 @@ def test_eval_of_a_run_and_of_its_model_agree(finished_run, capsys):
     task = "tests.toys:GuessTasks"
     assert main(["eval", str(finished_run), task]) == 0
     of_run = capsys.readouterr().out
-    model = next((finished_run / "checkpoints").glob("step_*")) / "model"
-    assert (
-        main(["eval", str(model), task, "eval.num_tasks=64", "rollout.max_tokens=40", "rollout.max_turn_tokens=4"]) == 0
-    )
+    model = max((finished_run / "checkpoints").glob("step_*")) / "model"
+    settings = ["eval.num_tasks=64", "rollout.max_tokens=40", "rollout.max_turn_tokens=4"]
+    assert main(["eval", str(model), task, *settings]) == 0
     of_model = capsys.readouterr().out
     assert "95 % interval" in of_run
     assert of_run.split("success", 1)[1].splitlines()[0] == of_model.split("success", 1)[1].splitlines()[0]

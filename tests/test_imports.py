@@ -18,7 +18,7 @@ import setuptools
 ROOT = Path(__file__).resolve().parents[1]
 
 RANKS = {
-    **dict.fromkeys(("__init__", "errors", "schedules", "seeds", "types"), 0),
+    **dict.fromkeys(("__init__", "errors", "schedules", "seeds", "statistics", "types"), 0),
     "config": 1,
     **dict.fromkeys(("advantages", "batching", "losses", "replay", "rewards"), 2),
     **dict.fromkeys(("checkpoint", "data", "envs", "log", "rollout", "sync", "update"), 3),

@@ -124,7 +124,7 @@ GUESS_RUN: dict[str, Any] = {
             "max_positions": 64,
         }
     },
-    "cold_start": {"steps": 30, "num_demos": 20, "batch_size": 20, "lr": 1e-2, "warmup_steps": 2},
+    "cold_start": {"steps": 60, "num_demos": 20, "batch_size": 20, "lr": 1e-2, "warmup_steps": 2},
     "rollout": {
         "prompts_per_step": 4,
         "group_size": 8,

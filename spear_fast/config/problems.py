@@ -29,6 +29,8 @@ def _sentence(detail: ErrorDetails) -> str:
         return f"{key}: {reason}" if key else reason
     if detail["type"] == "missing":
         return f"{key} is missing; set it, it must be {_expected(key, 'given')}"
+    if detail["type"] == "string_pattern_mismatch":
+        return f"{key}: got {_shown(detail['input'])}, expected text that matches {detail.get('ctx', {})['pattern']}"
     return f"{key}: got {_shown(detail['input'])}, expected {_expected(key, detail['msg'])}"
 
 

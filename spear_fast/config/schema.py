@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -137,7 +137,7 @@ class AdvantageConfig(Section):
     """Divide by the standard deviation of the group's rewards; Dr.BoT does not."""
     step_weight: NonNegativeFloat = 1.0
     """GiGPO: weight w of the step advantage."""
-    gamma: Fraction = 0.95
+    gamma: UnitInterval = 0.95
     """GiGPO: discount of step returns."""
     step_std_norm: bool = True
     """GiGPO: divide step advantages by the standard deviation of the step group."""
@@ -189,7 +189,7 @@ class LossConfig(Section):
     """eps_high: the ratio is clipped above at 1 + eps_high."""
     dual_clip: float | None = Field(default=None, gt=1.0)
     """Dual-clip constant c for negative advantages; None switches it off."""
-    cov_ratio: Fraction = 0.02
+    cov_ratio: UnitInterval = 0.02
     """Share of action tokens chosen by Clip-Cov or KL-Cov."""
     cov_lower: float = 1.0
     """Clip-Cov: lower covariance bound of candidates."""
@@ -243,7 +243,7 @@ class ReplayConfig(Section):
     """Weight of the SIL loss before its warm-up gamma."""
     warmup_steps: NonNegative = 300
     """T_warm of the cosine warm-up gamma, in training steps."""
-    cov_ratio: Fraction = 0.02
+    cov_ratio: UnitInterval = 0.02
     """Clip-Cov share on replayed tokens."""
     cov_lower: float = 1.0
     """Clip-Cov lower bound on replayed tokens."""

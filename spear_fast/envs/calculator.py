@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from spear_fast.config.schema import NonNegative, Positive, Section
+from spear_fast.config.schema import NonNegative, Positive, Section, UnitInterval
 from spear_fast.errors import TaskError
 from spear_fast.seeds import derive_seed
 
@@ -17,7 +17,7 @@ from .arithmetic import apply, evaluate, format_number, operations
 from .base import Info, StepResult, Tool
 from .generators import create_generator, draw_entry, is_right
 from .pools import Pools
-from .splits import SHARES, Split
+from .splits import SHARES, Split, unit_hash
 from .text import tagged, tagged_message, tool_call_message
 
 SYSTEM_PROMPT = "Solve it with the tool. End with <answer>number</answer>."
@@ -52,6 +52,9 @@ class CalculatorParams(Section):
     """Most numbers in a demonstration; None takes max_terms."""
     demo_max_digits: Annotated[int, Field(ge=1, le=8)] | None = None
     """Most digits in a demonstration; None takes max_digits."""
+    demo_tool_share: UnitInterval = 1.0
+    """Share of demonstrations that call the tool. The others answer at once, and then it is left to reinforcement
+    learning to find out which of the two pays."""
     prompt_style: Literal["short", "full"] = "short"
     """"short" asks `4 + 7 - 3 = ?`, "full" uses the sentence of reasoning-gym."""
     system_prompt: str = SYSTEM_PROMPT
@@ -111,7 +114,7 @@ class CalculatorEnv:
         Raises TaskError if there is no such question.
         """
         self._problem = self._tasks.problem(options["split"], options["index"])
-        self._plan = _plan(self._problem.expression, self._tasks.params.tool)
+        self._plan = self._tasks.plan(self._problem)
         self._done, self._result = 0, ""
         return self._problem.question, Info(task_type=f"calculator-{self._tasks.params.tool}")
 
@@ -147,7 +150,11 @@ class CalculatorEnv:
         return self._remember({"a": a, "op": op, "b": b}, apply(Fraction(a), op, Fraction(b)))
 
     def expert(self) -> str:
-        """Return the next planned tool call, or the answer once the plan is done."""
+        """Return the next planned tool call, or the answer once the plan is done. Raises TaskError before reset."""
+        if self._problem is None:
+            raise TaskError("expert was called before reset; reset the environment first")
+        if not self._plan:
+            return tagged_message("I know this.", "answer", self._problem.entry["answer"])
         if self._done < len(self._plan):
             name = self.tools[0].__name__
             return tool_call_message("I will use the calculator.", name, self._plan[self._done])
@@ -183,6 +190,12 @@ class CalculatorTasks:
     def make(self) -> CalculatorEnv:
         """Return a fresh environment."""
         return CalculatorEnv(self)
+
+    def plan(self, problem: Problem) -> list[dict[str, Any]]:
+        """Return the arguments of the expert's tool calls, in order; none where it answers at once."""
+        if unit_hash(f"tool {problem.expression}") >= self.params.demo_tool_share:
+            return []
+        return _plan(problem.expression, self.params.tool)
 
     def problem(self, split: Split, index: int) -> Problem:
         """Return a problem, the same for the same (params, seed, split, index). Raises TaskError if there is none."""

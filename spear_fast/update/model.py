@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging as transformers_logging
 
 from spear_fast.errors import ConfigError
 from spear_fast.types import MicroBatch
@@ -130,6 +131,11 @@ def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
             "it is not a causal language model, or the download is incomplete"
         )
     return model.eval()
+
+
+def silence_progress_bars() -> None:
+    """Keep transformers' own bars for loading and saving off the terminal, which the live display owns."""
+    transformers_logging.disable_progress_bar()
 
 
 @torch.no_grad()

@@ -78,8 +78,11 @@ class PolicyUpdate:
 
 
 def _merged(results: Sequence[Stats]) -> Stats:
-    """Mean of each statistic over the optimizer steps that report it."""
+    """Mean of each statistic over the optimizer steps taken that report it; skipped ones have no finite numbers."""
+    skipped = sum(result.get("update/skipped_steps", 0.0) for result in results)
+    results = [result for result in results if not result.get("update/skipped_steps")]
     names = sorted({name for result in results for name in result})
     merged = {name: float(np.mean([result[name] for result in results if name in result])) for name in names}
     first = next((result["update/logp_gap_nats"] for result in results if "update/logp_gap_nats" in result), None)
+    merged["update/skipped_steps"] = skipped
     return merged if first is None else merged | {"update/logp_gap_nats": first}

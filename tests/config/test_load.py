@@ -64,6 +64,12 @@ def test_an_overridden_preset_replaces_the_files(tmp_path: Path) -> None:
     assert config.algo.loss.clip_low == 0.1
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "../up", ".hidden", "with space"])
+def test_a_name_that_is_no_folder_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"name: got .*, expected text that matches"):
+        load_config(None, base={**BASE, "name": name})
+
+
 def test_task_params_are_free(tmp_path: Path) -> None:
     path = write(tmp_path, "name: r\nsteps: 1\ncold_start: {steps: 1}\ntask: {name: c, params: {a: {b: 1, c: x}}}\n")
     config = load_config(path, ["task.params.max_terms=4", "task.params.a.b=[2]"])
@@ -72,7 +78,7 @@ def test_task_params_are_free(tmp_path: Path) -> None:
 
 @given(
     preset=st.sampled_from([None, *PRESETS]),
-    name=st.text(min_size=1),
+    name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]*", fullmatch=True),
     lr=st.floats(1e-12, 1e12),
     params=st.dictionaries(st.text(), st.text() | st.floats(allow_nan=False) | st.none() | st.lists(st.integers())),
 )
@@ -126,7 +132,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         ("seed=true", "seed: got true, expected integer >= 0"),
         ("update.lr=true", "update.lr: got true, expected number > 0"),
         ("update.lr=", "update.lr: got null, expected number > 0"),
-        ("update.betas=[0.9]", "update.betas.1 is missing; set it, it must be list of 2: number, number"),
+        ("update.betas=[0.9]", "update.betas.1 is missing; set it, it must be list of 2: number >= 0 and < 1"),
         ("algo.loss.dual_clip=0.5", "algo.loss.dual_clip: got 0.5, expected number > 1 or null"),
         ("algo=grpo", "algo: got 'grpo', expected a section with keys such as preset"),
         ("rollout=", "rollout: got null, expected a section"),

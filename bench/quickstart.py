@@ -1,0 +1,76 @@
+"""Runs the quickstart over several seeds and writes how much held-out success rose, with times, machine and commit.
+
+python bench/quickstart.py --seeds 0 1 2 --out bench/results/cpu/quickstart.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.machine import ROOT, describe_machine
+from spear_fast.log.plot import plot_runs
+from spear_fast.log.records import METRICS_FILE, read_records
+
+
+def main() -> None:
+    """Run the seeds one after the other, so that each has the whole machine, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/quickstart.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/cpu/quickstart.json")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    machine = describe_machine()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [run_seed(args.config, seed, Path(folder), args.overrides) for seed in args.seeds]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        plot_runs([Path(folder) / f"seed-{seed}" for seed in args.seeds], args.out.with_suffix(".png"))
+    result = {
+        "config": args.config.name,
+        "overrides": args.overrides,
+        "machine": machine,
+        "smallest_rise": min(run["rise"] for run in runs),
+        "longest_s": max(run["wall_s"] for run in runs),
+        "runs": runs,
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: result[key] for key in ("smallest_rise", "longest_s")}))
+
+
+def run_seed(config: Path, seed: int, folder: Path, overrides: list[str]) -> dict[str, object]:
+    """Train one seed in a process of its own and return its held-out success before and after."""
+    name = f"seed-{seed}"
+    command = [sys.executable, "-m", "spear_fast.cli", "train", str(config), f"seed={seed}", f"name={name}"]
+    started = time.perf_counter()
+    subprocess.run([*command, f"out={folder}", "log.progress=plain", *overrides], check=True, cwd=ROOT)
+    seconds = time.perf_counter() - started
+    records = read_records(folder / name / METRICS_FILE)
+    evaluations = [record for record in records if "eval/success_rate" in record]
+    steps = [record for record in records if "reward/mean" in record]
+    before, after = evaluations[0], evaluations[-1]
+    return {
+        "seed": seed,
+        "wall_s": round(seconds, 1),
+        "before": before["eval/success_rate"],
+        "before_interval": [before["eval/success_low"], before["eval/success_high"]],
+        "after": after["eval/success_rate"],
+        "after_interval": [after["eval/success_low"], after["eval/success_high"]],
+        "rise": after["eval/success_rate"] - before["eval/success_rate"],
+        "num_tasks": int(after["eval/num_tasks"]),
+        "training_steps": len(steps),
+        "replayed_trajectories": int(sum(record.get("replay/drawn", 0) for record in steps)),
+        "rollout_s": round(sum(record["time/rollout_s"] for record in steps), 1),
+        "update_s": round(sum(record["time/update_s"] for record in steps), 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
