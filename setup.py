@@ -26,7 +26,7 @@ EXTRAS = {
 setup(
     name="spear-fast",
     version=VERSION,
-    description="A fast trainer for LLM agents with SPEAR: self-imitation, progressive exploration, one-pass loss kernels",
+    description="A fast trainer for LLM agents with SPEAR: self-imitation learning and one-pass loss kernels",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

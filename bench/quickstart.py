@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,7 +46,7 @@ def main() -> None:
     print(json.dumps({key: result[key] for key in ("smallest_rise", "longest_s")}))
 
 
-def run_seed(config: Path, seed: int, folder: Path, overrides: list[str]) -> dict[str, object]:
+def run_seed(config: Path, seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Train one seed in a process of its own and return its held-out success before and after."""
     name = f"seed-{seed}"
     command = [sys.executable, "-m", "spear_fast.cli", "train", str(config), f"seed={seed}", f"name={name}"]

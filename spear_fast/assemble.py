@@ -62,7 +62,9 @@ def load_policy(path: str | Path, config: RunConfig, tasks: TaskSet) -> Policy:
         TaskError: The folder holds no usable tokenizer.
     """
     model = load_model(str(path), getattr(torch, config.model.dtype))
-    return _policy(model, Chat(load_tokenizer(path), _schemas(tasks)), config)
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    chat = Chat(load_tokenizer(path), _schemas(tasks), [ends] if isinstance(ends, int) else ends or [])
+    return _policy(model, chat, config)
 
 
 def build_policy(config: RunConfig, tasks: TaskSet, demos: list[Messages]) -> Policy:
@@ -74,7 +76,7 @@ def build_policy(config: RunConfig, tasks: TaskSet, demos: list[Messages]) -> Po
     model = build_model(
         config.model.init,
         vocab_size=len(tokenizer),
-        eos_id=chat.stop_ids[0],
+        eos_id=chat.end_of_turn,
         seed=derive_seed(config.seed, "model"),
         dtype=getattr(torch, config.model.dtype),
     )

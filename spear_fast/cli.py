@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,9 +123,10 @@ def _eval_config(source: Path, task: str, overrides: Sequence[str]) -> tuple[Run
     saved = RunFolder(source).config
     if saved.exists():
         model = load_latest(source).folder("model")
-        own = load_config(saved)
-        forget = [] if own.task.name == task else ["task.params={}"]
-        return load_config(saved, [f"task.name={task}", *forget, *overrides]), model
+        settings = load_config(saved).model_dump()
+        if settings["task"]["name"] != task:
+            settings["task"] = {"name": task}
+        return load_config(None, overrides, settings), model
     if not (source / "config.json").exists():
         raise ConfigError(
             f"{source} is neither a run's folder (config.yaml) nor a model's (config.json); check the path"
@@ -158,7 +160,9 @@ def _stop_on_sigterm(trainer: Trainer) -> None:
     def request_stop(*_: object) -> None:
         trainer.stop_requested = True
 
-    signal.signal(signal.SIGTERM, request_stop)
+    # Only the main thread may set handlers; a caller on another thread keeps its own.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, request_stop)
 
 
 def _success_text(stats: dict[str, float]) -> str:

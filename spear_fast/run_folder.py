@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spear_fast.checkpoint.layout import checkpoints_folder
+from spear_fast.checkpoint.layout import checkpoints_folder, is_complete, newest_first
 from spear_fast.config.load import dump_config, load_config
 from spear_fast.config.schema import RunConfig
 from spear_fast.errors import CheckpointError, ConfigError
@@ -41,6 +41,12 @@ class RunFolder:
         """The picture drawn at the end."""
         return self.path / "curves.png"
 
+    def save_config(self, config: RunConfig) -> None:
+        """Write the resolved configuration; a crash leaves the old or the new one."""
+        aside = self.config.with_suffix(".new")
+        aside.write_text(dump_config(config), encoding="utf-8")
+        aside.replace(self.config)
+
 
 def open_new(config: RunConfig) -> RunFolder:
     """Create the folder of a new run and save its configuration there.
@@ -49,18 +55,18 @@ def open_new(config: RunConfig) -> RunFolder:
         ConfigError: The folder already holds a run.
     """
     folder = RunFolder(Path(config.out) / config.name)
-    if checkpoints_folder(folder.path).exists():
+    if any(is_complete(path) for path in newest_first(checkpoints_folder(folder.path))):
         raise ConfigError(
             f"name={config.name!r}: {folder.path} already holds a run; continue it with --resume, choose another "
             f"name=..., or delete the folder"
         )
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(dump_config(config), encoding="utf-8")
+    folder.save_config(config)
     return folder
 
 
 def open_existing(config: RunConfig) -> RunFolder:
-    """Open the folder of a run to resume, and save the configuration if it was changed in an allowed way.
+    """Return the folder of a run to resume.
 
     Raises:
         CheckpointError: There is no such run, or a setting changed that alters what is computed.
@@ -77,7 +83,6 @@ def open_existing(config: RunConfig) -> RunFolder:
             f"--resume: {', '.join(changed)} differ from {folder.config}; a resumed run may change only "
             f"{', '.join(CHANGEABLE)}. Set them back, or start a new run under another name"
         )
-    folder.config.write_text(dump_config(config), encoding="utf-8")
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +59,7 @@ class Trainer:
             self.folder = open_existing(config)
             checkpoint = load_latest(self.folder.path)
             policy = load_policy(checkpoint.folder("model"), config, self.tasks)
+            self.folder.save_config(config)
         else:
             self.folder = open_new(config)
             policy = start_policy(config, self.tasks, progress)
@@ -143,11 +145,10 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Free the engine and close files."""
-        self.collector.close()
-        self.engine.close()
-        for sink in self.sinks:
-            sink.close()
+        """Close files and free the engine; each is tried, also when another fails."""
+        with ExitStack() as stack:
+            for close in (self.collector.close, self.engine.close, *(sink.close for sink in self.sinks)):
+                stack.callback(close)
 
     def _roll_out(self, tasks: list[Any], step: int, metrics: StepMetrics) -> list[Group]:
         """Collect the groups of this step; failed trajectories leave them here."""
@@ -156,6 +157,9 @@ class Trainer:
         with metrics.phase("rollout"):
             groups, stats = self.collector.collect(tasks, size, tag=f"train/{step}", first_uid=step * len(tasks) * size)
         metrics.add(stats)
+        failed = [t for group in groups for t in group.trajectories if not t.status.usable]
+        if failed:
+            self.progress.note(f"{len(failed)} trajectories failed, e.g. {failed[0].status.value}: {failed[0].error}")
         for group in groups:
             group.trajectories = [trajectory for trajectory in group.trajectories if trajectory.status.usable]
         return [group for group in groups if group.trajectories]
@@ -187,17 +191,23 @@ class Trainer:
         self.progress.phase("update")
         with metrics.phase("update"):
             gap = correct_old_logp(rows, self.updater.score, mode=update.old_logp, tis_clip=update.tis_clip)
+            self._check_gap(gap)
             if self.reference is not None:
                 fill_ref_logp(rows, self.reference)
             stats = self.update.run(rows, replay, replay_weight, derive_seed(self.config.seed, "update", step))
         stats |= gap
         metrics.add(stats)
+        self._check_gap(stats)
+
+    def _check_gap(self, stats: dict[str, float]) -> None:
         if "update/logp_gap_nats" in stats:
-            check_gap(stats["update/logp_gap_nats"], update.max_logp_gap)
+            check_gap(stats["update/logp_gap_nats"], self.config.update.max_logp_gap)
 
     def _offer(self, groups: list[Group], rows: list[Row], metrics: StepMetrics) -> None:
+        """Store the step's trajectories, unless some of them made an optimizer step come out not finite."""
         if self.memory is not None:
-            metrics.add(self.memory.offer(groups, rows))
+            skipped = metrics.values().get("update/skipped_steps", 0.0)
+            metrics.add(self.memory.offer(groups, [] if skipped else rows))
 
     def _log(self, metrics: StepMetrics, groups: list[Group]) -> None:
         log = self.config.log

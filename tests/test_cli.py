@@ -51,6 +51,20 @@ def test_eval_of_a_run_and_of_its_model_agree(finished_run, capsys):
     assert of_run.split("success", 1)[1].splitlines()[0] == of_model.split("success", 1)[1].splitlines()[0]
 
 
+def test_eval_of_a_run_on_another_task(tmp_path, capsys):
+    small = [
+        "steps=0",
+        f"out={tmp_path}",
+        "name=one",
+        "cold_start.steps=2",
+        "cold_start.num_demos=32",
+        "eval.num_tasks=2",
+    ]
+    assert main(["train", str(ROOT / "configs/quickstart.yaml"), *small]) == 0
+    assert main(["eval", str(tmp_path / "one"), "treasure", "task.params.num_rooms=3"]) == 0
+    assert "on treasure: success" in capsys.readouterr().out
+
+
 def test_eval_of_nothing_is_refused(tmp_path, capsys):
     assert main(["eval", str(tmp_path), "calculator"]) == 2
     assert "neither a run's folder" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from ..types import Group, Row, Trajectory
 def rows_from_groups(groups: list[Group]) -> list[Row]:
     """Return one row per trajectory that enters the loss, in the order of the groups.
 
-    Left out are unusable and filtered trajectories and those without action tokens. `old_logp` is the sampler's.
+    Left out are unusable and filtered trajectories and those without action tokens, and of each trajectory what
+    follows its last action token. `old_logp` is the sampler's.
     Raises ValueError if advantages are missing or token, mask and log-prob lists differ in length.
     """
     return [
@@ -30,13 +31,15 @@ def _row(trajectory: Trajectory) -> Row:
             f"trajectory uid={trajectory.uid} has tokens, action_mask, logps, advantages of lengths {lengths}; "
             "all must have one entry per token"
         )
+    # What the policy read after its last word conditions nothing.
+    end = len(trajectory.action_mask) - trajectory.action_mask[::-1].index(True)
     return Row(
         uid=trajectory.uid,
         group_id=trajectory.group_id,
         version=trajectory.version,
-        tokens=np.array(trajectory.tokens, dtype=np.int32),
-        action_mask=np.array(trajectory.action_mask, dtype=bool),
-        old_logp=np.array(trajectory.logps, dtype=np.float32),
-        advantages=np.array(trajectory.advantages, dtype=np.float32),
+        tokens=np.array(trajectory.tokens[:end], dtype=np.int32),
+        action_mask=np.array(trajectory.action_mask[:end], dtype=bool),
+        old_logp=np.array(trajectory.logps[:end], dtype=np.float32),
+        advantages=np.array(trajectory.advantages[:end], dtype=np.float32),
         reward=trajectory.reward,
     )

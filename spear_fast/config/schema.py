@@ -119,10 +119,10 @@ class RolloutConfig(Section):
     tool_timeout_s: PositiveFloat = 30.0
     """Longest run of one tool call, in seconds."""
     tool_retries: NonNegative = 0
-    """Repeats of a tool call that timed out, before the trajectory ends as tool_timeout."""
+    """Repeats of an async tool's call that timed out, before the trajectory ends as tool_timeout."""
     env_timeout_s: PositiveFloat = 60.0
     """Longest reset or step of an environment, in seconds."""
-    max_observation_chars: Positive = 4096
+    max_observation_chars: Annotated[int, Field(ge=2)] = 4096
     """Longer tool results and observations are cut in the middle."""
     deterministic: bool = False
     """Let the engine advance only when no tool is running, so that a run repeats bit for bit. Costs overlap."""
@@ -390,6 +390,11 @@ class RunConfig(Section):
             (
                 rollout.group_size == 1 and self.algo.advantage.estimator == "gigpo",
                 "algo.advantage.estimator=gigpo needs rollout.group_size of 2 or more; raise it or use grpo",
+            ),
+            (
+                self.model.dtype == "bfloat16" and self.steps > 0,
+                "model.dtype=bfloat16 keeps no float32 master weights yet, so small updates would round away; train "
+                "with model.dtype=float32",
             ),
             (
                 built and self.cold_start.steps == 0,

@@ -37,11 +37,17 @@ class Chat:
     tool result or observation. Special tokens inside environment text are defused, so that a tool cannot end a turn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: Sequence[dict[str, Any]] = (),
+        extra_stop_ids: Sequence[int] = (),
+    ) -> None:
         """
         Args:
-            tokenizer: With a chat template and an end-of-turn token (`eos_token`).
+            tokenizer: With a chat template and an `eos_token`.
             tools: OpenAI function schemas shown to the model.
+            extra_stop_ids: Further tokens that end a message, e.g. those of the model's generation config.
 
         Raises:
             TaskError: The tokenizer has no end-of-turn token.
@@ -49,9 +55,12 @@ class Chat:
         if tokenizer.eos_token_id is None:
             raise TaskError("the tokenizer has no eos_token, so a message could never end; set one and save it")
         self.tokenizer = tokenizer
-        self.stop_ids: tuple[int, ...] = (int(str(tokenizer.eos_token_id)),)
         self._tools: list[Any] | None = list(tools) or None
         self._special = [token for token in tokenizer.all_special_tokens if len(token) > 1]
+        eos = int(str(tokenizer.eos_token_id))
+        self.end_of_turn = self._find_end_of_turn(eos)
+        """The token that the template puts behind a message of the policy."""
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.end_of_turn, eos, *extra_stop_ids]))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of the opening messages and the header of the policy's first message."""
@@ -64,20 +73,28 @@ class Chat:
             messages: The new messages, e.g. one tool result.
             ended: Whether the sampled message holds its end-of-turn token; if not, it is added here.
         """
-        opening = [{"role": "user", "content": "."}, {"role": "assistant", "content": _SENTINEL}]
-        text = self._render([*opening, *(self._defused(message) for message in messages)])
-        rest = text.split(_SENTINEL, 1)[1]
-        eos = str(self.tokenizer.eos_token)
-        return self._encode(rest.removeprefix(eos) if ended else rest)
+        tokens = self._encode(self._after_message([self._defused(message) for message in messages]))
+        return tokens[1:] if ended and tokens[:1] == [self.end_of_turn] else tokens
 
     def message(self, text: str) -> list[int]:
         """Return the tokens of a message as the policy would have written it, end-of-turn token included."""
-        return [*self._encode(text), self.stop_ids[0]]
+        return [*self._encode(text), self.end_of_turn]
 
     def decode(self, tokens: Sequence[int]) -> tuple[str, bool]:
         """Return the text of sampled tokens without special tokens, and whether all of it was valid UTF-8."""
         text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
         return text, "\ufffd" not in text
+
+    def _after_message(self, messages: Sequence[Message]) -> str:
+        """What the template writes behind a message of the policy that `messages` follow."""
+        opening = [{"role": "user", "content": "."}, {"role": "assistant", "content": _SENTINEL}]
+        return self._render([*opening, *messages]).split(_SENTINEL, 1)[1]
+
+    def _find_end_of_turn(self, eos: int) -> int:
+        """Base models often have another `eos_token` than the one that ends a turn in their template."""
+        behind = self._encode(self._after_message([{"role": "user", "content": "."}]))
+        added: dict[str, int] = self.tokenizer.get_added_vocab()  # type: ignore[operator]
+        return behind[0] if behind and behind[0] in added.values() else eos
 
     def _render(self, messages: Sequence[Message]) -> str:
         return str(

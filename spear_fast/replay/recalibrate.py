@@ -15,12 +15,12 @@ STD_EPSILON = 1e-6
 def recalibrate_by_median(rewards: np.ndarray, median_mean: float, median_std: float | None) -> np.ndarray:
     """Return A~ = R - P50(D_R), float64 [R], divided by (`median_std` + 1e-6) unless that is None.
 
-    `rewards` float [R]; the medians are those of the baseline FIFO. With a `median_std` of 0 (most recent groups all
-    won or all lost) the division enlarges A~ by 1e6, as the formula says; Dr.BoT and SPEAR do not divide.
+    `rewards` float [R]; the medians are those of the baseline FIFO. A `median_std` of 0 (most recent groups all won or
+    all lost) says nothing of the scale, and dividing by 1e-6 would give advantages of 1e6: then nothing is divided.
     Source: SPEAR (arXiv 2509.22601), advantage recalibration.
     """
     centred = rewards - median_mean
-    return centred if median_std is None else centred / (median_std + STD_EPSILON)
+    return centred if not median_std else centred / (median_std + STD_EPSILON)
 
 
 def with_constant_advantage(row: Row, advantage: float) -> Row:

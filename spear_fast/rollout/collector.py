@@ -75,8 +75,13 @@ class Collector:
                 episodes.append(Episode(trajectory, self._tasks, self._engine, self._chat, limits, seed))
         started = time.perf_counter()
         self._engine.wake()
-        self._runner.run(self._run_all(episodes))
-        self._engine.sleep()
+        try:
+            self._runner.run(self._run_all(episodes))
+        except BaseException:
+            self._engine.abort()
+            raise
+        finally:
+            self._engine.sleep()
         stats = rollout_stats(groups, time.perf_counter() - started)
         _refuse_total_failure(groups)
         return groups, stats
@@ -91,7 +96,9 @@ class Collector:
                 while episodes:
                     await episodes.popleft().run()
 
-        await asyncio.gather(*(work() for _ in range(min(self._max_concurrent, len(episodes)))))
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(min(self._max_concurrent, len(episodes))):
+                workers.create_task(work())
 
 
 def rollout_stats(groups: Sequence[Group], seconds: float) -> dict[str, float]:

@@ -27,6 +27,7 @@ class _Utf8Chat:
     """Tokens are bytes: enough to play an episode before any tokenizer exists."""
 
     stop_ids: tuple[int, ...] = (_END,)
+    end_of_turn = _END
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         return [_END]

@@ -59,6 +59,10 @@ class Engine(Protocol):
         participant waits for it, which makes batches independent of how long tools take."""
         ...
 
+    def abort(self) -> None:
+        """Give up every request; each raises EngineError. The engine can be used again."""
+        ...
+
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Copy new weights in, drop every cache computed with the old ones, and take the new version."""
         ...

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spear_fast.envs.base import Environment, Info, TaskSet
-from spear_fast.errors import EngineError
+from spear_fast.errors import EngineError, TaskError
 from spear_fast.rollout.engine import Completion, Engine, GenerationRequest
+from spear_fast.rollout.timeouts import within
 from spear_fast.rollout.tool_calls import ToolTimeoutError, parse_tool_calls, run_tool
 from spear_fast.seeds import derive_seed
 from spear_fast.types import Status, Trajectory, Turn
@@ -22,6 +23,7 @@ class Chat(Protocol):
     """What an episode needs of data/chat.py."""
 
     stop_ids: tuple[int, ...]
+    end_of_turn: int
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]: ...
 
@@ -70,8 +72,9 @@ class Episode:
     async def run(self) -> Trajectory:
         """Play the episode and return the filled trajectory."""
         trajectory = self.trajectory
-        environment = self._tasks.make()
+        environment = None
         try:
+            environment = self._tasks.make()
             await self._play(environment)
         except ToolTimeoutError as error:
             trajectory.status, trajectory.error = Status.TOOL_TIMEOUT, str(error)
@@ -80,7 +83,8 @@ class Episode:
         except Exception as error:
             trajectory.status, trajectory.error = Status.ENV_ERROR, f"{type(error).__name__}: {error}"
         finally:
-            await self._close(environment)
+            if environment is not None:
+                await self._close(environment)
         return trajectory
 
     async def _play(self, environment: Environment) -> None:
@@ -90,15 +94,13 @@ class Episode:
             if completion is None or completion.finish == "length":
                 self.trajectory.status = Status.TRUNCATED
                 return
-            if await self._respond(environment):
+            if await self._respond(environment, is_last=turn == self._limits.max_turns - 1):
                 return
 
     async def _reset(self, environment: Environment) -> None:
         task = self.trajectory.task
         options = {"split": task.split, "index": task.index}
-        text, info = await asyncio.wait_for(
-            environment.reset(seed=task.seed, options=options), self._limits.env_timeout_s
-        )
+        text, info = await within(environment.reset(seed=task.seed, options=options), self._limits.env_timeout_s)
         self._anchor = info.get("anchor", text)
         messages = info.get("messages")
         if messages is None:
@@ -134,23 +136,31 @@ class Episode:
         trajectory.messages.append({"role": "assistant", "content": text})
         return completion
 
-    async def _respond(self, environment: Environment) -> bool:
-        """Answer the last message by tools or by the environment; return whether the episode is over."""
+    async def _respond(self, environment: Environment, is_last: bool) -> bool:
+        """Answer the last message by tools or by the environment; return whether the episode is over.
+
+        After the last turn nothing is appended: no message could follow.
+        """
         text = self.trajectory.messages[-1]["content"]
         if environment.tools and "<tool_call>" in text:
-            await self._call_tools(text, environment.tools)
-            return False
-        observation, reward, terminated, truncated, info = await asyncio.wait_for(
-            environment.step(text), self._limits.env_timeout_s
-        )
-        self._score(reward, terminated, info)
-        if terminated or truncated:
-            return True
-        self._anchor = info.get("anchor", observation)
-        self._observe([{"role": "user", "content": self._shortened(observation)}])
-        return False
+            replies = await self._call_tools(text, environment.tools)
+            self._anchor = "\n".join(reply["content"] for reply in replies)
+        else:
+            observation, reward, terminated, truncated, info = await within(
+                environment.step(text), self._limits.env_timeout_s
+            )
+            self._score(reward, terminated, info)
+            if terminated or truncated:
+                return True
+            self._anchor = info.get("anchor", observation)
+            replies = [{"role": "user", "content": self._shortened(observation)}]
+        self.trajectory.messages.extend(replies)
+        if not is_last:
+            ended = self.trajectory.tokens[-1] == self._chat.end_of_turn
+            self._append(self._chat.continuation(replies, ended))
+        return is_last
 
-    async def _call_tools(self, text: str, tools: Sequence[Tool]) -> None:
+    async def _call_tools(self, text: str, tools: Sequence[Tool]) -> list[dict[str, Any]]:
         results = []
         for call in parse_tool_calls(text):
             result = await run_tool(
@@ -160,21 +170,18 @@ class Episode:
             self.trajectory.num_valid_tool_calls += result.valid
             self.trajectory.turns[-1].action_valid &= result.valid
             results.append({"role": "tool", "content": self._shortened(result.text)})
-        self._anchor = "\n".join(result["content"] for result in results)
-        self._observe(results)
+        return results
 
     def _score(self, reward: float, terminated: bool, info: Info) -> None:
         trajectory = self.trajectory
         turn = trajectory.turns[-1]
+        if not math.isfinite(reward):
+            raise TaskError(f"the environment gave the reward {reward}; rewards must be finite")
         turn.reward = float(reward)
         turn.action_valid = bool(info.get("action_valid", True))
         trajectory.outcome_reward += float(reward)
         trajectory.success = bool(info.get("won", False))
         trajectory.answered = trajectory.answered or bool(info.get("answered", terminated))
-
-    def _observe(self, messages: list[dict[str, Any]]) -> None:
-        self.trajectory.messages.extend(messages)
-        self._append(self._chat.continuation(messages, ended=True))
 
     def _append(self, tokens: Sequence[int], logps: Sequence[float] | None = None) -> None:
         trajectory = self.trajectory
@@ -183,6 +190,7 @@ class Episode:
         trajectory.logps.extend(logps if logps is not None else [0.0] * len(tokens))
 
     def _shortened(self, text: str) -> str:
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
         limit = self._limits.max_observation_chars
         if len(text) <= limit:
             return text
@@ -191,6 +199,6 @@ class Episode:
 
     async def _close(self, environment: Environment) -> None:
         try:
-            await asyncio.wait_for(environment.close(), self._limits.env_timeout_s)
+            await within(environment.close(), self._limits.env_timeout_s)
         except Exception as error:
             self.trajectory.error = self.trajectory.error or f"close failed: {type(error).__name__}: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from spear_fast.errors import EngineError
 from spear_fast.rollout.engine import Completion, GenerationRequest
@@ -31,7 +32,7 @@ AttentionInterface.register(ATTENTION, slot_attention)
 AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     """A request in flight."""
 
@@ -57,16 +58,24 @@ class HFEngine:
             max_slots: Requests that run at once.
             max_model_tokens: Longest prompt plus completion, in tokens.
             deterministic: Advance only when every participant waits for the engine.
+
+        Raises:
+            EngineError: The model has no head.
         """
         self.weights_version = 0
         self.max_model_tokens = max_model_tokens
         self._model = model.eval()
         self._model.requires_grad_(False)
         self._model.set_attn_implementation(ATTENTION)
+        head = model.get_output_embeddings()
+        if head is None:
+            raise EngineError(f"{type(model).__name__} has no language-model head; the hf engine cannot sample from it")
+        self._head = head
         self._parameters = dict(model.named_parameters())
         self._device = next(iter(self._parameters.values())).device
         self._deterministic = deterministic
         self._cache = SlotCache(max_slots, max_model_tokens)
+        self._unanswered: set[_Running] = set()
         self._running: list[_Running] = []
         self._waiting: list[_Running] = []
         self._participants = 0
@@ -83,6 +92,8 @@ class HFEngine:
             )
         loop = asyncio.get_running_loop()
         running = _Running(request, loop.create_future())
+        self._unanswered.add(running)
+        running.future.add_done_callback(lambda _: self._unanswered.discard(running))
         self._waiting.append(running)
         if self._task is None or self._task.done():
             self._changed = asyncio.Event()  # an event belongs to the loop that first waits for it
@@ -100,13 +111,20 @@ class HFEngine:
             self._participants -= 1
             self._changed.set()
 
+    def abort(self) -> None:
+        """Give up every request; see `Engine.abort`."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        self._give_up(EngineError("the request was aborted"))
+
     def load_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy weights in and drop the cache; see `Engine.load_weights`.
 
         Raises:
             EngineError: A name or shape is unknown, a parameter is missing, or requests are running.
         """
-        if self._running or self._waiting:
+        if self._unanswered:
             raise EngineError("load_weights was called while requests are running; wait for them first")
         missing = set(self._parameters)
         for name, tensor in named:
@@ -129,6 +147,7 @@ class HFEngine:
 
     def close(self) -> None:
         """Free the cache and drop the model's reference."""
+        self.abort()
         self._cache.free()
         self._parameters.clear()
 
@@ -142,12 +161,16 @@ class HFEngine:
         except Exception as error:
             failure = EngineError(f"the hf engine failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
-            for running in (*self._running, *self._waiting):
-                if not running.future.done():
-                    running.future.set_exception(failure)
-            self._running.clear()
-            self._waiting.clear()
-            self._cache.num_running = 0
+            self._give_up(failure)
+
+    def _give_up(self, failure: EngineError) -> None:
+        for running in list(self._unanswered):
+            if not running.future.done():
+                running.future.set_exception(failure)
+        self._unanswered.clear()
+        self._running.clear()
+        self._waiting.clear()
+        self._cache.abandon()
 
     async def _let_others_run(self) -> None:
         await asyncio.sleep(0)
@@ -230,7 +253,7 @@ class HFEngine:
         ).last_hidden_state
         last = torch.tensor([len(tokens) - 1 for tokens, _ in fresh], device=self._device)
         rows = torch.arange(len(fresh), device=self._device)
-        return self._model.get_output_embeddings()(hidden[rows, last])
+        return self._head(hidden[rows, last])
 
     def _emit(self, first: int, logits: Tensor) -> None:
         """Sample one token for each slot from `first` on and retire the requests that ended."""
@@ -253,12 +276,14 @@ class HFEngine:
         running = self._running[index]
         request = running.request
         stopped = running.sampled[-1] in request.stop_ids
+        broken = not math.isfinite(running.logps[-1])
         room = min(request.max_tokens, self.max_model_tokens - len(request.prompt))
-        if not stopped and len(running.sampled) < room:
+        if not (stopped or broken) and len(running.sampled) < room:
             return
         self._cache.release(index)
         self._running[index] = self._running[-1]
         self._running.pop()
         if not running.future.done():
-            finish = "stop" if stopped else "length"
+            # A log-prob that is not a number would poison every loss the trajectory enters.
+            finish = "abort" if broken else "stop" if stopped else "length"
             running.future.set_result(Completion(running.sampled, running.logps, finish, self.weights_version))

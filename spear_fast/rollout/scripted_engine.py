@@ -33,6 +33,9 @@ class ScriptedEngine:
         """Nothing to count: replies are immediate."""
         return nullcontext()
 
+    def abort(self) -> None:
+        """Nothing to give up: replies are immediate."""
+
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Take the version; a script has no weights."""
         for _ in named:

@@ -84,6 +84,11 @@ class SlotCache:
             raise RuntimeError(f"{self.num_running} requests are running; wait for them first")
         self.slots = [Slot() for _ in self.slots]
 
+    def abandon(self) -> None:
+        """Forget everything, whatever is running; the requests must have been told."""
+        self.num_running = 0
+        self.clear()
+
     def free(self) -> None:
         """Forget everything and give the memory back; the next write allocates it again."""
         self.clear()
@@ -138,6 +143,7 @@ def slot_attention(
     value: Tensor,  # [B, Hkv, Lq, D]
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     slot_batch: SlotBatch | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -145,7 +151,11 @@ def slot_attention(
     if slot_batch is None:
         raise RuntimeError("this attention serves only the engine's own forward passes")
     keys, values = slot_batch.cache.write(int(module.layer_idx), slot_batch, key, value)  # type: ignore[arg-type]
+    mask = slot_batch.mask
+    if sliding_window is not None:
+        oldest = slot_batch.positions[:, None, :, None] - sliding_window  # [B, 1, Lq, 1]
+        mask = mask & (torch.arange(mask.shape[-1], device=mask.device) > oldest)
     out = F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=slot_batch.mask, scale=scaling, enable_gqa=query.shape[1] != keys.shape[1]
+        query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != keys.shape[1]
     )
     return out.transpose(1, 2).contiguous(), None

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spear_fast.envs.base import Tool
 from spear_fast.envs.tool_schema import ToolArgumentError, check_arguments
+from spear_fast.rollout.timeouts import within
+
+Outcome = tuple[Any, BaseException | None]
+"""What a tool returned, and what it raised."""
 
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 
@@ -48,8 +53,9 @@ def parse_tool_calls(text: str) -> list[ToolCall]:
 def _parse_one(body: str) -> ToolCall:
     try:
         call = json.loads(body)
-    except json.JSONDecodeError as error:
-        return ToolCall("", {}, f"Error: the call is not valid JSON ({error.msg}).")
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "too large or too deep")
+        return ToolCall("", {}, f"Error: the call is not valid JSON ({reason}).")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return ToolCall("", {}, 'Error: a call needs the form {"name": ..., "arguments": {...}}.')
     arguments = call.get("arguments", {})
@@ -65,7 +71,7 @@ async def run_tool(call: ToolCall, tools: Sequence[Tool], *, timeout_s: float, r
         call: The parsed call.
         tools: What the environment offers, by function name.
         timeout_s: Limit of one attempt, in seconds.
-        retries: Further attempts after a timeout.
+        retries: Further attempts of an async tool after a timeout.
 
     Raises:
         ToolTimeoutError: No attempt finished in time.
@@ -80,44 +86,46 @@ async def run_tool(call: ToolCall, tools: Sequence[Tool], *, timeout_s: float, r
         arguments = check_arguments(tool, call.arguments)
     except ToolArgumentError as error:
         return ToolResult(f"Error: {error}", valid=False)
-    for _ in range(retries + 1):
+    # A thread cannot be cancelled: a second attempt would run beside the first, on the same environment.
+    attempt, attempts = (_guarded, retries + 1) if inspect.iscoroutinefunction(tool) else (_in_thread, 1)
+    for _ in range(attempts):
         try:
-            return ToolResult(str(await call_with_timeout(tool, arguments, timeout_s)), valid=True)
+            result, error = await within(attempt(tool, arguments), timeout_s)
         except TimeoutError:
             continue
-        except Exception as error:
-            return ToolResult(f"Error: {error}", valid=False)
-    raise ToolTimeoutError(f"tool {call.name!r} gave no answer within {timeout_s} s, {retries + 1} attempt(s)")
+        if error is not None:
+            return ToolResult(f"Error: {error or type(error).__name__}", valid=False)
+        return ToolResult(str(result), valid=True)
+    raise ToolTimeoutError(f"tool {call.name!r} gave no answer within {timeout_s} s, {attempts} attempt(s)")
 
 
-async def call_with_timeout(function: Callable[..., Any], arguments: dict[str, Any], timeout_s: float) -> Any:
-    """Call a sync or async function; raise TimeoutError after `timeout_s` seconds.
+async def _guarded(tool: Tool, arguments: dict[str, Any]) -> Outcome:
+    """Call an async tool; whatever it raises, `SystemExit` included, is returned beside the result."""
+    try:
+        return await tool(**arguments), None
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        return None, error
 
-    A sync function runs in a daemon thread of its own: one that hangs can block neither a pool nor the exit.
-    """
-    if inspect.iscoroutinefunction(function):
-        return await asyncio.wait_for(function(**arguments), timeout_s)
+
+def _in_thread(tool: Tool, arguments: dict[str, Any]) -> asyncio.Future[Outcome]:
+    """Run a sync tool in a daemon thread of its own: one that hangs can block neither a pool nor the exit."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
+    future: asyncio.Future[Outcome] = loop.create_future()
 
-    def settle(result: Any, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+    def settle(outcome: Outcome) -> None:
+        if not future.done():
+            future.set_result(outcome)
 
     def work() -> None:
-        result, failure = None, None
         try:
-            result = function(**arguments)
-        except TimeoutError as error:
-            failure = RuntimeError(f"timed out inside the tool: {error}")
-        except Exception as error:
-            failure = error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result, failure)
+            outcome: Outcome = (tool(**arguments), None)
+        except BaseException as error:
+            outcome = (None, error)
+        # The loop is gone when a tool outlives the run that gave up on it.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, outcome)
 
     threading.Thread(target=work, daemon=True).start()
-    return await asyncio.wait_for(future, timeout_s)
+    return future

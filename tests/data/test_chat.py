@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from spear_fast.data.chat import Chat, load_tokenizer
@@ -47,6 +49,17 @@ def test_append_only_tokens_equal_the_template_of_the_whole_conversation(chat):
 def test_continuation_of_an_unended_message_ends_it_first(chat):
     message = {"role": "tool", "content": "15"}
     assert chat.continuation([message], ended=False) == [chat.stop_ids[0], *chat.continuation([message], ended=True)]
+
+
+def test_a_template_with_another_end_of_turn_than_eos(tokenizer):
+    base = copy.deepcopy(tokenizer)
+    base.eos_token = "<|pad|>"
+    chat = Chat(base, extra_stop_ids=[7])
+    end, eos = base.convert_tokens_to_ids(["<|im_end|>", "<|pad|>"])
+    assert (chat.end_of_turn, chat.stop_ids) == (end, (end, eos, 7))
+    assert chat.message("hi")[-1] == end
+    reply = [{"role": "user", "content": "more"}]
+    assert chat.continuation(reply, ended=False) == [end, *chat.continuation(reply, ended=True)]
 
 
 def test_special_tokens_in_environment_text_stay_text(chat):

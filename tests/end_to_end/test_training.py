@@ -153,6 +153,25 @@ def test_a_second_run_of_the_same_name_loses_nothing(tmp_path):
         Trainer(config_of(tmp_path, "steps=1"), Progress(1, "guess"))
 
 
+def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(tmp_path):
+    (tmp_path / "guess/checkpoints/.saving-step_000000").mkdir(parents=True)
+    lines, _ = run(config_of(tmp_path, "steps=1"))
+    assert lines[-1]["step"] == 1
+
+
+def test_steps_that_are_not_finite_are_skipped_dumped_and_not_replayed(tmp_path, monkeypatch):
+    from spear_fast.update.optimizer import Optimizer
+
+    monkeypatch.setattr(Optimizer, "clip_gradients", lambda self: torch.tensor(float("nan")))
+    unfiltered = [f"algo.filters.{name}=false" for name in ("overlong", "incomplete", "unreadable")]
+    config = config_of(tmp_path, "steps=2", "cold_start.steps=1", *SPEAR, *unfiltered)
+    lines, folder = run(config)
+    steps = [line for line in lines if "reward/mean" in line]
+    assert [line["update/skipped_steps"] for line in steps] == [1.0, 1.0]
+    assert all(line["replay/admitted"] == 0 for line in steps)
+    assert list((folder / "nonfinite").glob("*.npz"))
+
+
 def test_resume_refuses_what_would_change_the_computation(tmp_path):
     run(config_of(tmp_path, "steps=1"))
     with pytest.raises(CheckpointError, match=r"update\.lr differ"):

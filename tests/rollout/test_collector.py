@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -82,6 +83,39 @@ def test_failures_are_counted_and_kept_apart(chat):
     groups, stats = collector(chat, FlakyTasks(4)).collect(tasks_for(4), 4, tag="t")
     failed = [t for group in groups for t in group.trajectories if t.status is Status.ENV_ERROR]
     assert len(failed) == 4 and stats["rollout/status_env_error_frac"] == 0.25
+
+
+def test_an_interrupt_ends_the_collection_and_the_next_one_works(chat):
+    class Interrupting(GuessEnv):
+        async def step(self, text):
+            if not signalled:
+                signalled.append(1)
+                signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(30)
+
+    flaky = FlakyTasks(0, Interrupting)
+    aborted, signalled = [], []
+    one = collector(chat, flaky)
+    one._engine.abort = lambda: aborted.append(1)
+    with pytest.raises(KeyboardInterrupt):
+        one.collect(tasks_for(2), 2, tag="t")
+    flaky._environment = GuessEnv
+    assert aborted and one.collect(tasks_for(2), 2, tag="t")[1]["rollout/status_ok_frac"] == 1.0
+
+
+def test_a_task_set_that_cannot_make_an_environment_costs_that_trajectory_only(chat):
+    class Full(GuessTasks):
+        made = 0
+
+        def make(self):
+            Full.made += 1
+            if Full.made == 2:
+                raise OSError("too many open files")
+            return GuessEnv()
+
+    groups, _ = collector(chat, Full(None, 0)).collect(tasks_for(1), 4, tag="t")
+    (failed,) = [t for t in groups[0].trajectories if not t.status.usable]
+    assert failed.status is Status.ENV_ERROR and "too many open files" in str(failed.error)
 
 
 def test_a_step_in_which_everything_failed_is_an_error_with_its_cause(chat):

@@ -80,6 +80,7 @@ def test_wrong_calls_count_but_not_as_valid(chat):
 def test_turns_used_up_without_an_answer(chat):
     trajectory = play(chat, [ECHO] * 4)
     assert (trajectory.status, trajectory.answered, len(trajectory.turns)) == (Status.OK, False, 4)
+    assert len(trajectory.tokens) == trajectory.turns[-1].end, "nothing may follow the last turn"
 
 
 def test_token_limits_truncate(chat):
@@ -150,6 +151,19 @@ def test_an_aborted_completion_ends_as_engine_abort(chat, monkeypatch):
 
     monkeypatch.setattr(ScriptedEngine, "generate", abort)
     assert play(chat, ["7"]).status is Status.ENGINE_ABORT
+
+
+def test_a_lone_surrogate_in_a_result_is_replaced(chat):
+    surrogate = '<tool_call>{"name": "echo", "arguments": {"text": "a\\ud83db"}}</tool_call>'
+    trajectory = play(chat, [surrogate, "7"])
+    assert trajectory.success and trajectory.messages[3]["content"] == "a?b"
+
+
+def test_a_reward_that_is_not_finite_is_the_environments_error(chat):
+    async def step(self, text=None):
+        return "", float("nan"), True, False, Info()
+
+    assert play(chat, ["7"], Broken("step", step)).status is Status.ENV_ERROR
 
 
 def test_unreadable_bytes_are_noticed(chat):

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from spear_fast.errors import EngineError
 from spear_fast.rollout.engine import GenerationRequest
@@ -203,10 +203,55 @@ def test_deterministic_mode_repeats_bit_for_bit_whatever_tools_cost():
     assert first == second
 
 
+def test_abort_answers_everyone_and_leaves_the_engine_usable():
+    engine = make_engine(make_model(), slots=2)
+
+    async def run():
+        running = [asyncio.ensure_future(engine.generate(request(uid, prompt_of(uid)))) for uid in range(5)]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        engine.abort()
+        return await asyncio.gather(*running, return_exceptions=True)
+
+    results = asyncio.run(run())
+    assert sum(isinstance(result, EngineError) for result in results) >= 3
+    assert generate(engine, [request(1, prompt_of(1))])[0].tokens
+
+
+def test_logps_that_are_not_numbers_abort_the_request():
+    model = make_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = float("nan")
+    engine = make_engine(model)
+    completion = generate(engine, [request(1, [7, 9])])[0]
+    assert completion.finish == "abort"
+
+
+def test_sliding_windows_are_kept():
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        sliding_window=6,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    prompt = [8, 9] * 10
+    completion = generate(make_engine(model), [request(1, prompt, temperature=1.0)])[0]
+    expected = reference_logps(model, prompt, completion.tokens, 1.0)
+    assert torch.allclose(torch.tensor(completion.logps).double(), expected, atol=1e-5)
+
+
 def test_a_failure_reaches_every_request_and_the_engine_recovers(monkeypatch):
     engine = make_engine(make_model())
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_forward", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
         with pytest.raises(EngineError, match="out of memory"):
-            generate(engine, [request(uid, prompt_of(uid)) for uid in range(4)])
+            generate(engine, [request(uid, prompt_of(uid % 2)) for uid in range(12)])
     assert generate(engine, [request(1, prompt_of(1))])[0].tokens

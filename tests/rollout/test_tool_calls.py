@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -49,8 +50,55 @@ def test_wrong_calls_become_errors_the_policy_can_read(text, needle):
     assert result.text.startswith("Error: ") and needle in result.text
 
 
-def test_a_hanging_tool_times_out_after_its_retries_and_leaves_no_wait():
-    started = time.monotonic()
-    with pytest.raises(ToolTimeoutError, match=r"'hang' gave no answer within 0.05 s, 3 attempt"):
-        run(call("hang", '{"seconds": 30}'), timeout_s=0.05, retries=2)
-    assert time.monotonic() - started < 10
+def test_a_hanging_thread_is_given_up_and_never_run_twice():
+    before = threading.active_count()
+    with pytest.raises(ToolTimeoutError, match=r"'hang' gave no answer within 0.05 s, 1 attempt"):
+        run(call("hang", '{"seconds": 1}'), timeout_s=0.05, retries=2)
+    assert threading.active_count() <= before + 1
+
+
+def test_an_async_tool_is_cancelled_and_tried_again():
+    attempts = []
+
+    async def slow_at_first() -> str:
+        """Answer at the second attempt."""
+        attempts.append(1)
+        await asyncio.sleep(30 if len(attempts) == 1 else 0)
+        return "done"
+
+    (each,) = parse_tool_calls(call("slow_at_first"))
+    result = asyncio.run(run_tool(each, [slow_at_first], timeout_s=0.05, retries=1))
+    assert result == ToolResult("done", valid=True) and len(attempts) == 2
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), StopIteration(), TimeoutError("server"), RecursionError("deep")])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_whatever_a_tool_raises_is_an_error_the_policy_reads(error, is_async):
+    def broken() -> str:
+        """Raise."""
+        raise error
+
+    async def broken_async() -> str:
+        """Raise."""
+        raise error
+
+    tool = broken_async if is_async else broken
+    (each,) = parse_tool_calls(call(tool.__name__))
+    result = asyncio.run(run_tool(each, [tool], timeout_s=5.0, retries=0))
+    assert not result.valid and result.text.startswith("Error: ")
+
+
+def test_an_answer_that_came_while_the_loop_was_busy_counts():
+    async def run_busy() -> ToolResult:
+        (each,) = parse_tool_calls(call("hang", '{"seconds": 0.05}'))
+        task = asyncio.ensure_future(run_tool(each, ToolEnv.tools, timeout_s=0.2, retries=0))
+        await asyncio.sleep(0)
+        time.sleep(0.5)  # a long forward pass
+        return await task
+
+    assert asyncio.run(run_busy()) == ToolResult("awake", valid=True)
+
+
+@pytest.mark.parametrize("body", ['{"name": "echo", "arguments": {"text": ' + "9" * 5000 + "}}", "[" * 200_000])
+def test_hostile_json_is_a_wrong_call(body):
+    assert "not valid JSON" in run(f"<tool_call>{body}</tool_call>").text
