@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = [run_seed(args.config, seed, Path(folder), args.overrides) for seed in args.seeds]
         args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".txt").write_text(shortened((Path(folder) / f"seed-{args.seeds[0]}.txt").read_text()))
         plot_runs([Path(folder) / f"seed-{seed}" for seed in args.seeds], args.out.with_suffix(".png"))
     result = {
         "config": args.config.name,
@@ -51,7 +53,10 @@ def run_seed(config: Path, seed: int, folder: Path, overrides: list[str]) -> dic
     name = f"seed-{seed}"
     command = [sys.executable, "-m", "spear_fast.cli", "train", str(config), f"seed={seed}", f"name={name}"]
     started = time.perf_counter()
-    subprocess.run([*command, f"out={folder}", "log.progress=plain", *overrides], check=True, cwd=ROOT)
+    with (folder / f"{name}.txt").open("w") as output:
+        subprocess.run(
+            [*command, f"out={folder}", "log.progress=plain", *overrides], check=True, cwd=ROOT, stdout=output
+        )
     seconds = time.perf_counter() - started
     records = read_records(folder / name / METRICS_FILE)
     evaluations = [record for record in records if "eval/success_rate" in record]
@@ -71,6 +76,18 @@ def run_seed(config: Path, seed: int, folder: Path, overrides: list[str]) -> dic
         "rollout_s": round(sum(record["time/rollout_s"] for record in steps), 1),
         "update_s": round(sum(record["time/update_s"] for record in steps), 1),
     }
+
+
+def shortened(output: str) -> str:
+    """Return a run's output with most steps and the temporary folder left out."""
+    kept: list[str] = []
+    for line in output.splitlines():
+        step = re.match(r"step (\d+)/", line)
+        if step is None or int(step[1]) % 10 == 0 or int(step[1]) == 1:
+            kept.append(re.sub(r"/\S*/seed-\d+", "runs/quickstart", line))
+        elif kept[-1] != "...":
+            kept.append("...")
+    return "\n".join(kept) + "\n"
 
 
 if __name__ == "__main__":
