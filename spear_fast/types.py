@@ -109,6 +109,7 @@ class Trajectory:
 
     @property
     def num_action_tokens(self) -> int:
+        """Sampled tokens."""
         return sum(self.action_mask)
 
 
@@ -143,10 +144,12 @@ class Row:
 
     @property
     def num_tokens(self) -> int:
+        """Length L of the sequence."""
         return len(self.tokens)
 
     @property
     def num_action_tokens(self) -> int:
+        """Tokens that enter the loss."""
         return int(self.action_mask.sum())
 
 

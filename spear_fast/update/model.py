@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,16 +51,13 @@ class PackedModel:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.device
 
     @property
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The LM head: weight [V, H], the embedding itself when tied, and bias [V] or None."""
         return self._head.weight, getattr(self._head, "bias", None)
-
-    def frozen_copy(self) -> PackedModel:
-        """A copy with its own weights, which want no gradients."""
-        return PackedModel(copy.deepcopy(self.model).requires_grad_(False))
 
     def hidden_states(self, batch: MicroBatch, plan: AttentionPlan | None = None) -> torch.Tensor:
         """Final hidden states [T, H] of a packed micro-batch, without the head.
