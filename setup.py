@@ -19,7 +19,6 @@ EXTRAS = {
     "vllm": ["vllm>=0.24"],
     "flash": ["flash-attn"],
     "liger": ["liger-kernel"],
-    "gpu": ["triton>=3.6", "nvidia-ml-py"],
     "dev": ["pytest", "pytest-cov", "hypothesis", "ruff", "pyright", "pre-commit", "build"],
 }
 

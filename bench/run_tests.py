@@ -1,4 +1,4 @@
-"""Runs the README's test command and writes how its output ends, without the coverage of single files.
+"""Runs the README's test command and writes how its output ends, how long it took, and where.
 
 python bench/run_tests.py --out bench/results/cpu/tests.txt
 """
@@ -9,9 +9,12 @@ import argparse
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.machine import ROOT, describe_machine
 
 
 def main() -> None:
@@ -23,10 +26,15 @@ def main() -> None:
     found = re.search(r"<!-- test-command -->\s*```bash\n(.*?)```", readme, re.S)
     if found is None:
         sys.exit("README.md has no part <!-- test-command --> with a bash block")
+    started = time.perf_counter()
     done = subprocess.run(["bash", "-c", found[1]], cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
     print(done.stdout, done.stderr, sep="\n")
     if done.returncode == 0:
-        args.out.write_text(summary(done.stdout), encoding="utf-8")
+        machine = describe_machine()
+        cores = f"{machine['cores']} cores of {machine['processor']}"
+        where = f"whole command {seconds:.0f} s, commit {machine['commit']}, {cores}"
+        args.out.write_text(f"{summary(done.stdout)}{where}\n", encoding="utf-8")
     sys.exit(done.returncode)
 
 

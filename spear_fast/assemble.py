@@ -62,6 +62,12 @@ def load_policy(path: str | Path, config: RunConfig, tasks: TaskSet) -> Policy:
         TaskError: The folder holds no usable tokenizer.
     """
     model = load_model(str(path), getattr(torch, config.model.dtype))
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and config.rollout.max_tokens > longest:
+        raise ConfigError(
+            f"rollout.max_tokens={config.rollout.max_tokens} exceeds the {longest} positions of the model in {path}; "
+            "lower the former"
+        )
     ends = model.generation_config.eos_token_id if model.generation_config else None
     chat = Chat(load_tokenizer(path), _schemas(tasks), [ends] if isinstance(ends, int) else ends or [])
     return _policy(model, chat, config)
@@ -84,7 +90,13 @@ def build_policy(config: RunConfig, tasks: TaskSet, demos: list[Messages]) -> Po
 
 
 def make_engine(config: RunConfig, policy: Policy) -> Engine:
-    """Return the rollout engine, holding a copy of the policy's weights."""
+    """Return the rollout engine, holding a copy of the policy's weights.
+
+    Raises:
+        ConfigError: `rollout.engine` names none.
+    """
+    if config.rollout.engine != "hf":
+        raise ConfigError(f"rollout.engine={config.rollout.engine!r} is unknown; use hf")
     from spear_fast.rollout.hf_engine import HFEngine
 
     return HFEngine(
@@ -105,6 +117,7 @@ def make_collector(config: RunConfig, tasks: TaskSet, policy: Policy, engine: En
         temperature=rollout.temperature,
         tool_timeout_s=rollout.tool_timeout_s,
         tool_retries=rollout.tool_retries,
+        tool_timeouts_s=rollout.tool_timeouts_s,
         env_timeout_s=rollout.env_timeout_s,
         max_observation_chars=rollout.max_observation_chars,
     )

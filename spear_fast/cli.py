@@ -7,28 +7,52 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spear_fast import __version__
-from spear_fast.errors import ConfigError, SpearError
+from spear_fast.errors import ConfigError, MissingDependencyError, SpearError
 
 if TYPE_CHECKING:
     from spear_fast.config.schema import RunConfig
     from spear_fast.trainer import Trainer
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 143
+TRAIN_PACKAGES = ("transformers", "tokenizers", "safetensors", "jinja2")
+"""What only the extra `train` installs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code. Errors of the user's making are printed without a traceback."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         return int(args.run(args))
     except SpearError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except ModuleNotFoundError as error:
+        if error.name not in TRAIN_PACKAGES:
+            raise
+        print(f"error: {MissingDependencyError(error.name, 'train', 'this command')}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; a training run continues from its newest checkpoint with --resume", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments; overrides may stand before or behind options."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    wrong = [argument for argument in rest if argument.startswith("-") or "=" not in argument]
+    if wrong or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +101,6 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _report(trainer: Trainer) -> int:
-    from spear_fast.errors import MissingDependencyError
     from spear_fast.log.plot import plot_runs
     from spear_fast.log.records import METRICS_FILE, read_records
 
@@ -105,9 +128,9 @@ def _eval(args: argparse.Namespace) -> int:
     config, model = _eval_config(args.source, args.task, args.overrides)
     tasks = make_tasks(config)
     policy = load_policy(model, config, tasks)
-    collector = make_collector(config, tasks, policy, make_engine(config, policy))
-    stats, _ = evaluate(config, tasks, collector)
-    collector.close()
+    engine = make_engine(config, policy)
+    with closing(engine), closing(make_collector(config, tasks, policy, engine)) as collector:
+        stats, _ = evaluate(config, tasks, collector)
     print(f"{model} on {args.task}: success {_success_text(stats)}")
     for name, value in stats.items():
         print(f"  {name} {value:.4g}")

@@ -67,6 +67,7 @@ class Trainer:
         self.finished_steps = 0
         """Training steps done; also the version of the policy's weights."""
         self.stop_requested = False
+        self._resumed = resume
         self._assemble(policy)
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -92,7 +93,7 @@ class Trainer:
         """
         evaluation: dict[str, float] = {}
         push_weights(self.policy.model.model, self.engine, self.finished_steps)
-        if self.finished_steps == 0:
+        if not self._resumed:
             evaluation = self.evaluate()
             self.save()
         while self.finished_steps < self.config.steps and not self.stop_requested:

@@ -39,6 +39,22 @@ def test_resume_continues(finished_run, capsys):
     assert "held-out success after step 3" in capsys.readouterr().out
 
 
+def test_overrides_may_follow_options(finished_run, capsys):
+    assert main(["train", str(finished_run.parent / "run.yaml"), "--dry-run", "seed=31"]) == 0
+    assert "seed: 31" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["train", str(finished_run.parent / "run.yaml"), "--dry-run", "--sead=31"])
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    def absent(*_):
+        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+
+    monkeypatch.setattr("spear_fast.cli._train", absent)
+    assert main(["train", str(ROOT / "configs/quickstart.yaml")]) == 2
+    assert "pip install 'spear-fast[train]'" in capsys.readouterr().err
+
+
 def test_eval_of_a_run_and_of_its_model_agree(finished_run, capsys):
     task = "tests.toys:GuessTasks"
     assert main(["eval", str(finished_run), task]) == 0

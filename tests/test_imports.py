@@ -298,7 +298,7 @@ print(time.process_time() - started)
 
 
 def test_both_packages_import_with_torch_alone_and_soon() -> None:
-    """The README promises less than 3 s beyond torch; processor time, so that a busy machine does not decide."""
+    """CONTRIBUTING promises less than 3 s beyond torch; processor time, so that a busy machine does not decide."""
     assert float(run_python(IMPORT_WITH_TORCH_ALONE, ROOT, ROOT / "kernels")) < 3.0
 
 

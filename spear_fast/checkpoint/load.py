@@ -20,7 +20,7 @@ from . import layout
 class Checkpoint:
     """One complete checkpoint. Parts are read when asked for, by the names they were saved under.
 
-    Example: `load_latest("runs/a").values("trainer")["step"]`.
+    Example: `load_latest("runs/a").values("trainer")["finished_steps"]`.
     """
 
     path: Path

@@ -118,6 +118,8 @@ class RolloutConfig(Section):
     """Trajectories in flight, and slots of the "hf" engine."""
     tool_timeout_s: PositiveFloat = 30.0
     """Longest run of one tool call, in seconds."""
+    tool_timeouts_s: dict[str, PositiveFloat] = {}
+    """The same for single tools, by name."""
     tool_retries: NonNegative = 0
     """Repeats of an async tool's call that timed out, before the trajectory ends as tool_timeout."""
     env_timeout_s: PositiveFloat = 60.0

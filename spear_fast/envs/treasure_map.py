@@ -44,6 +44,7 @@ class TreasureMap:
 
     @property
     def start(self) -> State:
+        """The state before the first action."""
         return State(room=0, has_key=False)
 
     def actions(self, state: State) -> list[str]:

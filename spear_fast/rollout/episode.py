@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spear_fast.envs.base import Environment, Info, TaskSet
@@ -25,11 +25,17 @@ class Chat(Protocol):
     stop_ids: tuple[int, ...]
     end_of_turn: int
 
-    def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]: ...
+    def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Tokens of the opening messages."""
+        ...
 
-    def continuation(self, messages: Sequence[dict[str, Any]], ended: bool) -> list[int]: ...
+    def continuation(self, messages: Sequence[dict[str, Any]], ended: bool) -> list[int]:
+        """Tokens of new messages behind a sampled one."""
+        ...
 
-    def decode(self, tokens: Sequence[int]) -> tuple[str, bool]: ...
+    def decode(self, tokens: Sequence[int]) -> tuple[str, bool]:
+        """Text of sampled tokens, and whether it was readable."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class EpisodeLimits:
     tool_retries: int
     env_timeout_s: float
     max_observation_chars: int
+    tool_timeouts_s: Mapping[str, float] = field(default_factory=dict)
 
 
 class Episode:
@@ -163,9 +170,8 @@ class Episode:
     async def _call_tools(self, text: str, tools: Sequence[Tool]) -> list[dict[str, Any]]:
         results = []
         for call in parse_tool_calls(text):
-            result = await run_tool(
-                call, tools, timeout_s=self._limits.tool_timeout_s, retries=self._limits.tool_retries
-            )
+            timeout_s = self._limits.tool_timeouts_s.get(call.name, self._limits.tool_timeout_s)
+            result = await run_tool(call, tools, timeout_s=timeout_s, retries=self._limits.tool_retries)
             self.trajectory.num_tool_calls += 1
             self.trajectory.num_valid_tool_calls += result.valid
             self.trajectory.turns[-1].action_valid &= result.valid

@@ -26,8 +26,11 @@ UNITS = {
 
 
 def join(parts: Sequence[dict[str, torch.Tensor]], prefix: str) -> dict[str, torch.Tensor]:
-    """Metrics of one loss group from those of its micro-batches, 0-d tensors named `prefix/what_unit`."""
-    names = list(parts[0])
+    """Metrics of one loss group from those of its micro-batches, 0-d tensors named `prefix/what_unit`.
+
+    Statistics of the covariance are given for a single micro-batch only: quantiles of parts have no mean.
+    """
+    names = [name for name in parts[0] if len(parts) == 1 or not name.startswith("cov_")]
     table = torch.stack([torch.stack([part[name].float() for name in names]) for part in parts])
     tokens = table[:, names.index("num_tokens")]
     means = tokens @ table / tokens.sum().clamp(min=1)

@@ -153,6 +153,12 @@ def test_a_second_run_of_the_same_name_loses_nothing(tmp_path):
         Trainer(config_of(tmp_path, "steps=1"), Progress(1, "guess"))
 
 
+def test_a_run_resumed_from_step_zero_evaluates_its_start_once(tmp_path):
+    run(config_of(tmp_path, "steps=0"))
+    lines, _ = run(config_of(tmp_path, "steps=1"), resume=True)
+    assert [line["step"] for line in lines if "eval/success_rate" in line] == [0, 1]
+
+
 def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(tmp_path):
     (tmp_path / "guess/checkpoints/.saving-step_000000").mkdir(parents=True)
     lines, _ = run(config_of(tmp_path, "steps=1"))

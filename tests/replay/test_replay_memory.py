@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spear_fast.errors import CheckpointError, ConfigError
@@ -71,7 +71,8 @@ class SlowMemory:
     def advantage(self, row: Row, stored: float) -> float:
         if self.recalibrate == "p50":
             centred = row.reward - statistics.median(self.means)
-            return centred / (statistics.median(self.stds) + 1e-6) if self.std_norm else centred
+            scale = statistics.median(self.stds) if self.std_norm else 0.0
+            return centred / (scale + 1e-6) if scale else centred
         return stored * (0.5 if self.recalibrate == "decay" else 1.0)
 
     def eligible(self, version: int) -> dict[int, float]:
@@ -80,7 +81,11 @@ class SlowMemory:
         return {uid: a for uid, a in recalibrated.items() if a > 1e-12}
 
 
+UNIFORM_GROUPS = [[(1.0, 0.5, 1)] * 4, [(0.0, -0.5, 0)] * 2, [(0.0, -0.5, 0)] * 2]
+
+
 @settings(max_examples=200)
+@example([UNIFORM_GROUPS] * 2, "p50", True, 0)
 @given(STEPS, st.sampled_from(["p50", "decay", "none"]), st.booleans(), st.integers(0, 2**40))
 def test_many_steps_match_the_simulation(plans: list, recalibrate: str, std_norm: bool, seed: int) -> None:
     fast, slow = memory(recalibrate=recalibrate, std_norm=std_norm), SlowMemory(recalibrate, std_norm)

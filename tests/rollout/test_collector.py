@@ -97,8 +97,13 @@ def test_an_interrupt_ends_the_collection_and_the_next_one_works(chat):
     aborted, signalled = [], []
     one = collector(chat, flaky)
     one._engine.abort = lambda: aborted.append(1)
-    with pytest.raises(KeyboardInterrupt):
-        one.collect(tasks_for(2), 2, tag="t")
+    # A background job inherits an ignored SIGINT.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            one.collect(tasks_for(2), 2, tag="t")
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     flaky._environment = GuessEnv
     assert aborted and one.collect(tasks_for(2), 2, tag="t")[1]["rollout/status_ok_frac"] == 1.0
 

@@ -105,6 +105,9 @@ def test_a_hanging_tool_ends_as_tool_timeout(chat):
     hang = '<tool_call>{"name": "hang", "arguments": {"seconds": 30}}</tool_call>'
     trajectory = play(chat, [hang], tool_timeout_s=0.05)
     assert trajectory.status is Status.TOOL_TIMEOUT and "hang" in str(trajectory.error)
+    own = play(chat, [hang], tool_timeouts_s={"hang": 0.05})
+    assert own.status is Status.TOOL_TIMEOUT
+    assert play(chat, [ECHO, "7"], tool_timeouts_s={"hang": 0.05}).success
 
 
 class Broken(ToolTasks):

@@ -53,6 +53,7 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
+        """Rows V of the weight."""
         return len(self.weight)
 
     def buffer(self, num_rows: int, chunk_bytes: int) -> torch.Tensor:
