@@ -115,8 +115,8 @@ class Trainer:
         metrics.add({"schedule/mu": mu, "schedule/gamma": gamma if self.memory else 0.0})
         rows = self._rows(groups, mu, metrics)
         replay = self._draw(step, metrics)
-        self._update(rows, replay, gamma * config.algo.replay.coef, step, metrics)
-        self._offer(groups, rows, metrics)
+        all_taken = self._update(rows, replay, gamma * config.algo.replay.coef, step, metrics)
+        self._offer(groups, rows if all_taken else [], metrics)
         self.finished_steps += 1
         metrics.add(push_weights(self.policy.model.model, self.engine, self.finished_steps))
         self._log(metrics, groups)
@@ -187,7 +187,8 @@ class Trainer:
 
     def _update(
         self, rows: list[Row], replay: list[Row], replay_weight: float, step: int, metrics: StepMetrics
-    ) -> None:
+    ) -> bool:
+        """Take the optimizer steps; return whether all were taken, none skipped as not finite."""
         update = self.config.update
         self.progress.phase("update")
         with metrics.phase("update"):
@@ -199,16 +200,16 @@ class Trainer:
         stats |= gap
         metrics.add(stats)
         self._check_gap(stats)
+        return not stats["update/skipped_steps"]
 
     def _check_gap(self, stats: dict[str, float]) -> None:
         if "update/logp_gap_nats" in stats:
             check_gap(stats["update/logp_gap_nats"], self.config.update.max_logp_gap)
 
     def _offer(self, groups: list[Group], rows: list[Row], metrics: StepMetrics) -> None:
-        """Store the step's trajectories, unless some of them made an optimizer step come out not finite."""
+        """Give the memory the step's groups for its baseline, and its rows to store."""
         if self.memory is not None:
-            skipped = metrics.values().get("update/skipped_steps", 0.0)
-            metrics.add(self.memory.offer(groups, [] if skipped else rows))
+            metrics.add(self.memory.offer(groups, rows))
 
     def _log(self, metrics: StepMetrics, groups: list[Group]) -> None:
         log = self.config.log

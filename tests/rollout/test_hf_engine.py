@@ -16,20 +16,20 @@ from spear_fast.rollout.hf_engine import HFEngine
 
 VOCAB = 37
 STOP = 5
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
 
 
 def make_model(tied: bool = True, seed: int = 0) -> Qwen2ForCausalLM:
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-    )
+    config = Qwen2Config(**SHAPE, tie_word_embeddings=tied)
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(config).eval()
 
@@ -228,18 +228,7 @@ def test_logps_that_are_not_numbers_abort_the_request():
 
 
 def test_sliding_windows_are_kept():
-    config = MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        sliding_window=6,
-        initializer_range=0.3,
-    )
+    config = MistralConfig(**SHAPE, head_dim=8, sliding_window=6)
     torch.manual_seed(0)
     model = MistralForCausalLM(config).eval()
     prompt = [8, 9] * 10

@@ -100,7 +100,9 @@ def test_probe_accepts_common_families(family, settings, dtype):
 
 def test_positions_restart_in_each_sequence():
     # Rotary models see relative positions only; GPT-2 learns absolute ones.
-    probe_isolation(PackedModel(tiny("GPT2", head="LMHeadModel")))
+    policy = PackedModel(tiny("GPT2", head="LMHeadModel"))
+    probe_isolation(policy)
+    assert policy.model.config._attn_implementation == ATTENTION, "the probe must leave packed attention on"
 
 
 def test_probe_refuses_a_leak(policy, monkeypatch):
