@@ -22,3 +22,16 @@ def clip_binds(
     -A clip(ratio) > -A ratio holds exactly for A < 0 below the range and for A > 0 above it.
     """
     return (advantages < 0) & (ratio < 1 - clip_low), (advantages > 0) & (ratio > 1 + clip_high)
+
+
+def truncated_importance(
+    old_logp: torch.Tensor, sampler_logp: torch.Tensor, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights min(exp(clamp(old_logp - sampler_logp, +-20)), cap) [N], and where the cap binds, bool [N].
+
+    Truncated importance sampling for the gap between the sampler's and the trainer's log-probs of the same tokens (Yao
+    et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training",
+    https://fengyao.notion.site/off-policy-rl).
+    """
+    weight = clamp_log_ratio(old_logp - sampler_logp)[0].exp()
+    return weight.clamp(max=cap), weight > cap

@@ -8,10 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spear_kernels import PolicyLossConfig, policy_loss
 from spear_kernels.policy_loss import policy_loss_reference
 from spear_kernels.policy_loss.config import AGGREGATIONS, KINDS, KL_KINDS
+from spear_kernels.policy_loss.inputs import PolicyBatch
+from spear_kernels.policy_loss.metrics import METRICS
 from spear_kernels.testing import OperationRecorder, policy_config, policy_problem
 
 NUM_ROWS = 48
@@ -35,7 +38,7 @@ def loss_of(p, cfg, logp=None, entropy=None, **options):
 
 
 def slow_surrogate(cfg, advantage, logp, old_logp, mean_gap, chosen):
-    """One token in Python floats; `mean_gap` is the sequence's mean log-ratio."""
+    """The policy term of one token in Python floats; `mean_gap` is the sequence's mean log-ratio."""
     gap = logp - old_logp
     ratio = math.exp(min(mean_gap, 10)) if cfg.kind == "gspo" else math.exp(min(max(gap, -20), 20))
     clipped = min(max(ratio, 1 - cfg.clip_low), 1 + cfg.clip_high)
@@ -92,6 +95,61 @@ def test_value_equals_the_token_loop(kind, aggregation):
             p.logp, p.old_logp, p.advantages, p.mask, cfg, p.seq_ids, p.entropy, p.ref_logp, p.row_weight, chosen
         )
         assert reference.item() == pytest.approx(slow_loss(p, cfg, chosen), rel=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampler_weight_is_a_constant_factor_of_the_surrogate(kind):
+    """Truncated importance weights multiply like row weights, in value, gradient and definition."""
+    p = policy_problem(NUM_ROWS, seed=4, spread=0.6)
+    sampler_logp = p.old_logp + torch.randn(NUM_ROWS).double()
+    sampler_logp[:6] = p.old_logp[:6] + torch.tensor([0, 25, -25, 80, -80, 0.3]).double()
+    weight = (p.old_logp - sampler_logp).clamp(-20, 20).exp().clamp(max=1.4)
+    capped, plain = policy_config(kind, tis_cap=1.4), policy_config(kind)
+    logp = p.logp.clone().requires_grad_()
+    actual = loss_of(p, capped, logp, sampler_logp=sampler_logp, selected=p.selection(plain))
+    reference = policy_loss_reference(
+        logp, p.old_logp, p.advantages, p.mask, capped, p.seq_ids, p.entropy, p.ref_logp, None, p.selection(plain),
+        sampler_logp,
+    )  # fmt: skip
+    p.row_weight = p.row_weight * weight
+    expected = loss_of(p, plain, logp, selected=p.selection(plain))
+    torch.testing.assert_close(actual.loss, expected.loss)
+    torch.testing.assert_close(torch.autograd.grad(actual.loss, logp), torch.autograd.grad(expected.loss, logp))
+    p.row_weight = weight
+    torch.testing.assert_close(loss_of(p, plain, selected=p.selection(plain)).loss, reference.detach())
+
+
+def test_no_mask_means_every_row():
+    p = policy_problem(NUM_ROWS)
+    p.mask[:] = True
+    expected = loss_of(p, policy_config("clip_cov"))
+    p.mask = None
+    actual = loss_of(p, policy_config("clip_cov"))
+    assert actual.loss == expected.loss
+    assert actual.metrics == expected.metrics
+
+
+def test_rows_on_another_device_are_copied_without_waiting():
+    p = policy_problem(NUM_ROWS)
+    device = torch.device("meta")
+    batch = PolicyBatch(p.old_logp.to(device), p.advantages, p.mask, row_weight=p.row_weight)
+    with CopyRecorder() as copies:
+        moved = batch.check(NUM_ROWS, PolicyLossConfig(), True, device)
+    assert all(tensor.device == device for tensor in (moved.old_logp, moved.advantages, moved.mask, moved.row_weight))
+    assert copies.non_blocking == [True, True, True]
+
+
+class CopyRecorder(TorchDispatchMode):
+    """Notes of every copy whether it was asked not to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.non_blocking = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "_to_copy":
+            self.non_blocking.append(bool((kwargs or {}).get("non_blocking")))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,11 +222,18 @@ def test_micro_batches_add_up_to_the_batch(seed, kind, aggregation, num_parts):
     torch.testing.assert_close(torch.stack(losses).sum(), whole.loss)
     torch.testing.assert_close(logp.grad, whole_logp.grad)
     torch.testing.assert_close(entropy.grad, whole_entropy.grad)
-    weights = torch.stack([part["num_tokens"] for part in metrics])
-    for name in set(whole.metrics) - {"loss", "policy_loss", "num_tokens"}:
+    of_parts = {name: torch.stack([part[name] for part in metrics]) for name in metrics[0]}
+    weights = of_parts["num_tokens"]
+    sums = {"loss", "policy_loss", "num_tokens", "dropped_tokens"}
+    for name in set(whole.metrics) - {"ess"}:
         if not name.startswith("cov_"):
-            combined = (torch.stack([part[name] for part in metrics]) * weights).sum() / weights.sum().clamp(min=1)
+            mean = (of_parts[name] * weights).sum() / weights.sum().clamp(min=1)
+            combined = of_parts[name].sum() if name in sums else mean
             torch.testing.assert_close(combined, whole.metrics[name], msg=name)
+    ratio_sums = of_parts["ratio_mean"] * weights
+    squares = torch.where(weights > 0, ratio_sums**2 / weights.clamp(min=1) / of_parts["ess"], 0).sum()
+    ess = ratio_sums.sum() ** 2 / (weights.sum() * squares)
+    torch.testing.assert_close(ess.nan_to_num(0), whole.metrics["ess"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,8 +324,10 @@ def test_row_weight_multiplies_the_surrogate_only():
 def test_metrics_against_plain_means():
     p = policy_problem(200, spread=0.5)
     p.row_weight[:] = 1
-    cfg = policy_config("clip_cov", cov_ratio=0.1, dual_clip=1.5)
-    got = loss_of(p, cfg).metrics
+    cfg = policy_config("clip_cov", cov_ratio=0.1, dual_clip=1.5, tis_cap=1.5)
+    sampler_logp = p.old_logp + 0.6 * torch.randn(200).double()
+    got = loss_of(p, cfg, sampler_logp=sampler_logp).metrics
+    weight = (p.old_logp - sampler_logp)[p.mask].exp()
     m, gap, adv = p.mask, (p.logp - p.old_logp)[p.mask], p.advantages[p.mask]
     ratio = gap.exp()
     low, high = (adv < 0) & (ratio < 0.8), (adv > 0) & (ratio > 1.28)
@@ -272,19 +339,23 @@ def test_metrics_against_plain_means():
         "clip_fraction_high": high.double().mean(),
         "dual_clip_fraction": ((adv < 0) & (ratio > 1.5)).double().mean(),
         "selected_fraction": p.selection(cfg)[m].double().mean(),
+        "dropped_tokens": p.selection(cfg)[m].double().sum(),
         "ratio_mean": ratio.mean(),
+        "ess": ratio.sum() ** 2 / (len(ratio) * ratio.square().sum()),
         "approx_kl_k1": -gap.mean(),
         "approx_kl_k3": (ratio - 1 - gap).mean(),
         "logp_gap_mean_abs": gap.abs().mean(),
         "num_tokens": m.sum().double(),
         "entropy": p.entropy[m].mean(),
         "kl_ref": (torch.exp(-d) - 1 + d).mean(),
-        "cov_mean": cov.mean().float(),
-        "cov_p50": cov.sort().values[(len(cov) - 1) // 2].float(),
-        "cov_p99": cov.sort().values[int((len(cov) - 1) * 0.99)].float(),
-        "cov_max": cov.max().float(),
+        "tis_weight_mean": weight.clamp(max=1.5).mean(),
+        "tis_clip_fraction": (weight > 1.5).double().mean(),
+        "cov_mean": cov.mean(),
+        "cov_p50": cov.sort().values[(len(cov) - 1) // 2],
+        "cov_p99": cov.sort().values[int((len(cov) - 1) * 0.99)],
+        "cov_max": cov.max(),
     }
-    assert set(got) == {"loss", "policy_loss", *expected}
+    assert set(got) == {"loss", "policy_loss", *expected} == set(METRICS)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-9, msg=name)
         assert not got[name].requires_grad
@@ -317,7 +388,10 @@ def test_half_precision_logp_is_computed_in_float32():
         (PolicyLossConfig(kl_coef=0.1), {"ref_logp": None}, "ref_logp"),
         (PolicyLossConfig(), {"selected": torch.zeros(10, dtype=torch.bool)}, "selected"),
         (PolicyLossConfig(), {"advantages": torch.zeros(3)}, "advantages"),
-        (PolicyLossConfig(), {"backend": "triton"}, "not available"),
+        (PolicyLossConfig(tis_cap=2.0), {}, "sampler_logp"),
+        (PolicyLossConfig(), {"sampler_logp": torch.zeros(10)}, "tis_cap"),
+        (PolicyLossConfig(tis_cap=2.0), {"sampler_logp": torch.zeros(3)}, "sampler_logp"),
+        (PolicyLossConfig(), {"backend": "triton"}, "float64"),
     ],
 )
 def test_bad_arguments_are_named(cfg, change, message):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 KINDS = ("ppo", "clip_cov", "kl_cov", "gspo", "cispo", "reinforce")
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -46,6 +48,8 @@ class PolicyLossConfig:
     """Weight of the KL to the reference policy."""
     kl_kind: str = "k3"
     """Estimator of that KL, one of KL_KINDS."""
+    tis_cap: float | None = None
+    """Bound of the surrogate's importance weight pi_old / pi_sampler, which needs sampler_logp; None: no weight."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("kind", KINDS), ("aggregation", AGGREGATIONS), ("kl_kind", KL_KINDS)):
@@ -56,6 +60,8 @@ class PolicyLossConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 0")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip={self.dual_clip} must be > 1, or None to switch it off")
+        if self.tis_cap is not None and not self.tis_cap > 0:
+            raise ValueError(f"tis_cap={self.tis_cap} must be > 0, or None to switch it off")
         if not 0 <= self.cov_ratio <= 1:
             raise ValueError(f"cov_ratio={self.cov_ratio} must be between 0 and 1")
         if not self.cov_lower < self.cov_upper:
@@ -74,3 +80,34 @@ class PolicyLossConfig:
     def per_sequence(self) -> bool:
         """Whether the loss needs to know which tokens form a sequence."""
         return self.kind == "gspo" or self.aggregation != "token-mean"
+
+    def numbers(self) -> list[float]:
+        """The fields NUMBERS in order, for operator schemas that know lists of numbers only; None becomes -1."""
+        values = [getattr(self, name) for name in NUMBERS]
+        return [_NONE if value is None else float(value) for value in values]
+
+
+NUMBERS = (
+    "clip_low",
+    "clip_high",
+    "dual_clip",
+    "cov_ratio",
+    "cov_lower",
+    "cov_upper",
+    "kl_cov_coef",
+    "norm_length",
+    "entropy_coef",
+    "kl_coef",
+    "tis_cap",
+)
+"""Numeric fields of PolicyLossConfig."""
+_OPTIONAL = ("dual_clip", "norm_length", "tis_cap")
+_NONE = -1.0  # No optional number may be negative.
+
+
+@lru_cache(maxsize=256)
+def config_of(kind: str, aggregation: str, kl_kind: str, numbers: tuple[float, ...]) -> PolicyLossConfig:
+    """The configuration with these names and `PolicyLossConfig.numbers`."""
+    fields: dict[str, Any] = dict(zip(NUMBERS, numbers, strict=True))
+    optional = {name: None if fields[name] == _NONE else fields[name] for name in _OPTIONAL}
+    return PolicyLossConfig(kind, aggregation=aggregation, kl_kind=kl_kind, **{**fields, **optional})

@@ -9,6 +9,7 @@ import torch
 from spear_kernels.checks import require_shape
 from spear_kernels.cov_select import covariance, select_by_covariance
 from spear_kernels.policy_loss.config import PolicyLossConfig
+from spear_kernels.ratio import truncated_importance
 from spear_kernels.segment_reduce import segment_index, segment_sum
 
 Count = float | torch.Tensor
@@ -29,9 +30,15 @@ class PolicyBatch:
     num_tokens: Count | None = None
     num_seqs: Count | None = None
     seed: int = 0
+    sampler_logp: torch.Tensor | None = None
 
-    def check(self, num_rows: int, cfg: PolicyLossConfig, has_entropy: bool) -> PolicyBatch:
-        """Return the batch detached, with a bool mask; raise ValueError for what does not fit `cfg` or [num_rows]."""
+    def check(
+        self, num_rows: int, cfg: PolicyLossConfig, has_entropy: bool, device: torch.device | None = None
+    ) -> PolicyBatch:
+        """Return the batch detached, with a bool mask; raise ValueError for what does not fit `cfg` or [num_rows].
+
+        With `device`, tensors that lie elsewhere, such as a plan made on the CPU, are copied there without waiting.
+        """
         if cfg.per_sequence and self.seq_ids is None:
             raise ValueError(f"seq_ids is needed by kind={cfg.kind!r} with aggregation={cfg.aggregation!r}")
         if cfg.entropy_coef and not has_entropy:
@@ -40,11 +47,14 @@ class PolicyBatch:
             raise ValueError(f"ref_logp is needed by kl_coef={cfg.kl_coef}; pass ref_logp [N]")
         if self.selected is not None and not cfg.uses_covariance:
             raise ValueError(f"selected has no meaning for kind={cfg.kind!r}; leave it None")
-        changes = {}
-        for name, tensor in self._rowwise().items():
+        if (cfg.tis_cap is None) != (self.sampler_logp is None):
+            given = "None" if self.sampler_logp is None else "given"
+            raise ValueError(f"tis_cap={cfg.tis_cap} but sampler_logp is {given}; set both or leave both None")
+        changes = {"mask": self.mask.bool()}
+        for name, tensor in {**self._rowwise(), "mask": changes["mask"]}.items():
             require_shape(name, tensor, (num_rows,))
-            changes[name] = tensor.detach()
-        return replace(self, **{**changes, "mask": self.mask.bool()})
+            changes[name] = tensor.detach() if device is None else tensor.detach().to(device, non_blocking=True)
+        return replace(self, **changes)
 
     def take(self, rows: torch.Tensor) -> PolicyBatch:
         """The batch of some rows, int64 [n]; the given counts stay."""
@@ -70,8 +80,11 @@ class PolicyBatch:
         return replace(self, selected=selected), cov
 
     def _rowwise(self) -> dict[str, torch.Tensor]:
-        names = [field.name for field in fields(self) if field.name not in ("num_tokens", "num_seqs", "seed")]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        values = {name: getattr(self, name) for name in _ROWWISE}
+        return {name: tensor for name, tensor in values.items() if tensor is not None}
+
+
+_ROWWISE = tuple(field.name for field in fields(PolicyBatch) if field.name not in ("num_tokens", "num_seqs", "seed"))
 
 
 @dataclass(frozen=True)
@@ -84,8 +97,11 @@ class TokenInputs:
     aggregation_weight: torch.Tensor
     """Factor of the token in the loss: 1/num_tokens, 1/num_seqs, ... and 0 where masked out."""
     row_weight: torch.Tensor | None = None
+    """The given weight times the truncated importance weight."""
     ref_logp: torch.Tensor | None = None
     selected: torch.Tensor | None = None  # bool
+    tis_weight: torch.Tensor | None = None
+    tis_clipped: torch.Tensor | None = None  # bool
 
     @staticmethod
     def of(batch: PolicyBatch, cfg: PolicyLossConfig, dtype: torch.dtype) -> TokenInputs:
@@ -95,14 +111,22 @@ class TokenInputs:
         def cleaned(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else torch.where(mask, tensor.to(dtype), 0)
 
+        old_logp = torch.where(mask, batch.old_logp.to(dtype), 0)
+        row_weight, tis_weight, tis_clipped = cleaned(batch.row_weight), None, None
+        if batch.sampler_logp is not None and cfg.tis_cap is not None:
+            sampler_logp = torch.where(mask, batch.sampler_logp.to(dtype), 0)
+            tis_weight, tis_clipped = truncated_importance(old_logp, sampler_logp, cfg.tis_cap)
+            row_weight = tis_weight if row_weight is None else row_weight * tis_weight
         return TokenInputs(
-            torch.where(mask, batch.old_logp.to(dtype), 0),
+            old_logp,
             torch.where(mask, batch.advantages.to(dtype), 0),
             mask,
             aggregation_weight(batch, cfg, dtype),
-            cleaned(batch.row_weight),
+            row_weight,
             cleaned(batch.ref_logp),
             None if batch.selected is None else batch.selected.bool() & mask,
+            tis_weight,
+            tis_clipped,
         )
 
     def rows(self, rows: slice) -> TokenInputs:

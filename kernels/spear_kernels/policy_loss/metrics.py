@@ -1,68 +1,121 @@
-"""What a policy loss reports: detached 0-d tensors, means over the action tokens of the call."""
+"""What a policy loss reports: one vector of detached numbers, and which of them a call has."""
 
 from __future__ import annotations
 
 import torch
 
+from spear_kernels.cov_select import summarize_covariance
+from spear_kernels.policy_loss.config import PolicyLossConfig
 from spear_kernels.policy_loss.inputs import TokenInputs
 from spear_kernels.policy_loss.terms import TokenTerms
 from spear_kernels.ratio import clamp_log_ratio
 
+METRICS = (
+    "loss",
+    "policy_loss",
+    "num_tokens",
+    "dropped_tokens",
+    "ess",
+    "cov_mean",
+    "clip_fraction",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "dual_clip_fraction",
+    "selected_fraction",
+    "ratio_mean",
+    "approx_kl_k1",
+    "approx_kl_k3",
+    "logp_gap_mean_abs",
+    "entropy",
+    "kl_ref",
+    "tis_weight_mean",
+    "tis_clip_fraction",
+    "cov_p50",
+    "cov_p99",
+    "cov_max",
+)
+"""Order of the vector [M]; a call that lacks what a metric describes holds 0 in its place."""
+QUANTILES = METRICS[-3:]
+"""Metrics that exist when the tokens were chosen in the call; the choice computes what they need."""
 
-def _quantile(values: torch.Tensor, mask: torch.Tensor, num_tokens: torch.Tensor, share: float) -> torch.Tensor:
-    """The value at rank floor(share * (n - 1)) of the action tokens, without counting them on the host."""
-    ordered = torch.where(mask, values, torch.inf).sort().values
-    rank = ((num_tokens - 1).clamp(min=0) * share).long()
-    return ordered.gather(0, rank.reshape(1))[0]
+
+def named_metrics(
+    vector: torch.Tensor, *, has_entropy: bool, has_ref: bool, has_sampler: bool, has_quantiles: bool
+) -> dict[str, torch.Tensor]:
+    """The metrics that a call has, 0-d each, from its vector [M]."""
+    absent: list[str] = []
+    absent += [] if has_entropy else ["entropy"]
+    absent += [] if has_ref else ["kl_ref"]
+    absent += [] if has_sampler else ["tis_weight_mean", "tis_clip_fraction"]
+    absent += [] if has_quantiles else QUANTILES
+    return {name: value for name, value in zip(METRICS, vector.unbind(), strict=True) if name not in absent}
 
 
-def _covariance_metrics(cov: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    names = ("cov_mean", "cov_p50", "cov_p99", "cov_max")
-    if len(cov) == 0:
-        return {name: torch.zeros((), device=cov.device) for name in names}
-    num_tokens = mask.sum()
-    values = (
-        cov.sum() / num_tokens.clamp(min=1),
-        _quantile(cov, mask, num_tokens, 0.5),
-        _quantile(cov, mask, num_tokens, 0.99),
-        _quantile(cov, mask, num_tokens, 1.0),
-    )
-    return {name: torch.where(num_tokens > 0, value, 0).float() for name, value in zip(names, values, strict=True)}
+def covariance_quantiles(cov: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """QUANTILES [3] of cov float64 [N] over the action tokens."""
+    summary = summarize_covariance(cov, mask)
+    return torch.stack([summary[name] for name in QUANTILES]).to(dtype)
 
 
-def policy_metrics(
+def _covariance(logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(A - mean A)(logp - mean logp), float64 [N], to be averaged: unlike `covariance`, its bits depend on the order."""
+    num_tokens = mask.sum().clamp(min=1)
+    advantages, logp = (torch.where(mask, values, 0).double() for values in (advantages, logp))
+    return (advantages - advantages.sum() / num_tokens) * (logp - logp.sum() / num_tokens)
+
+
+def _effective_share(ratio: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(sum r)^2 / (n sum r^2) over the action tokens: 1 for equal ratios, 1/n if one outweighs all, 0 for none."""
+    num_tokens = mask.sum().clamp(min=1)
+    ratio = torch.where(mask, ratio, 0)
+    mean_square = ratio.square().sum() / num_tokens
+    return torch.where(mask.any(), (ratio.sum() / num_tokens).square() / mean_square, 0)
+
+
+def metric_vector(
+    loss: torch.Tensor,
+    policy: torch.Tensor,
     logp: torch.Tensor,
     entropy: torch.Tensor | None,
     inputs: TokenInputs,
     terms: TokenTerms,
+    cfg: PolicyLossConfig,
     cov: torch.Tensor | None,
-) -> dict[str, torch.Tensor]:
-    """Means over action tokens of detached per-token quantities [N]; weight them by num_tokens to combine calls."""
+) -> torch.Tensor:
+    """METRICS [M] of detached per-token quantities [N] and the loss with its policy part, 0-d."""
     mask, dtype = inputs.mask, inputs.old_logp.dtype
-    num_tokens = mask.sum()
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return torch.where(mask, values.to(dtype), 0).sum() / num_tokens.clamp(min=1)
-
+    num_tokens, never = mask.sum(), torch.zeros_like(mask)
     surrogate = terms.surrogate
     log_ratio = torch.where(mask, logp, 0) - inputs.old_logp
     clamped, _ = clamp_log_ratio(log_ratio)
-    metrics = {
-        "clip_fraction": mean(surrogate.clipped_low | surrogate.clipped_high),
-        "clip_fraction_low": mean(surrogate.clipped_low),
-        "clip_fraction_high": mean(surrogate.clipped_high),
-        "dual_clip_fraction": mean(surrogate.dual_clipped),
-        "selected_fraction": mean(torch.zeros_like(mask) if inputs.selected is None else inputs.selected),
-        "ratio_mean": mean(surrogate.ratio),
-        "approx_kl_k1": mean(-log_ratio),
-        "approx_kl_k3": mean(torch.expm1(clamped) - clamped),
-        "logp_gap_mean_abs": mean(log_ratio.abs()),
-        "num_tokens": num_tokens.to(dtype),
+    selected = never if inputs.selected is None else inputs.selected
+    means = {
+        "cov_mean": _covariance(logp, inputs.advantages, mask),
+        "clip_fraction": surrogate.clipped_low | surrogate.clipped_high,
+        "clip_fraction_low": surrogate.clipped_low,
+        "clip_fraction_high": surrogate.clipped_high,
+        "dual_clip_fraction": surrogate.dual_clipped,
+        "selected_fraction": selected,
+        "ratio_mean": surrogate.ratio,
+        "approx_kl_k1": -log_ratio,
+        "approx_kl_k3": torch.expm1(clamped) - clamped,
+        "logp_gap_mean_abs": log_ratio.abs(),
+        "entropy": never if entropy is None else entropy,
+        "kl_ref": never if terms.kl is None else terms.kl,
+        "tis_weight_mean": never if inputs.tis_weight is None else inputs.tis_weight,
+        "tis_clip_fraction": never if inputs.tis_clipped is None else inputs.tis_clipped,
     }
-    if entropy is not None:
-        metrics["entropy"] = mean(entropy)
-    if terms.kl is not None:
-        metrics["kl_ref"] = mean(terms.kl)
-    if cov is not None:
-        metrics.update(_covariance_metrics(cov, mask))
-    return metrics
+    values = {name: _mean(tokens, mask, dtype) for name, tokens in means.items()}
+    values["num_tokens"] = num_tokens.to(dtype)
+    values["dropped_tokens"] = (selected if cfg.kind == "clip_cov" else never).sum().to(dtype)
+    values["ess"] = _effective_share(surrogate.ratio, mask)
+    values["loss"], values["policy_loss"] = loss, policy
+    head = torch.stack([values[name] for name in METRICS if name not in QUANTILES])
+    tail = head.new_zeros(len(QUANTILES)) if cov is None else covariance_quantiles(cov, mask, dtype)
+    return torch.cat([head, tail])
+
+
+def _mean(tokens: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0-d mean of `tokens` [N], numbers or flags, over the action tokens; 0 if there are none."""
+    total = torch.where(mask, tokens, 0).sum()
+    return total.to(dtype) / mask.sum().clamp(min=1)

@@ -53,6 +53,7 @@ def policy_loss_reference(
     ref_logp: torch.Tensor | None = None,
     row_weight: torch.Tensor | None = None,
     selected: torch.Tensor | None = None,
+    sampler_logp: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss, 0-d, in the type of logp [N]; `selected` bool [N] is the choice of covariance_select_reference."""
     sums, means, num_tokens = [], [], 0
@@ -62,6 +63,9 @@ def policy_loss_reference(
         token_loss = _surrogate(logp[rows], old_logp[rows], advantages[rows], chosen[rows], cfg)
         if row_weight is not None:
             token_loss = token_loss * row_weight[rows]
+        if sampler_logp is not None:
+            gap = (old_logp[rows] - sampler_logp[rows]).clamp(-20, 20)
+            token_loss = token_loss * gap.exp().clamp(max=cfg.tis_cap)
         if ref_logp is not None:
             token_loss = token_loss + cfg.kl_coef * _kl(logp[rows], ref_logp[rows], cfg.kl_kind)
         if entropy is not None:
