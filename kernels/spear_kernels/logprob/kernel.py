@@ -1,0 +1,144 @@
+"""Triton kernels of `logprob`: one program per row of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from spear_kernels.compile_check import Production
+from spear_kernels.tile import (
+    LOG2_E,
+    finish_statistics,
+    finite_peak,
+    gradient_coefficients,
+    inverse_temperature,
+    row_launch,
+    row_softmax,
+    row_start,
+    target_logit,
+    write_gradient,
+    write_zeros,
+)
+
+
+@triton.jit(do_not_specialize=["num_rows", "stride"])
+def row_reduce_kernel(
+    logits,  # [n, >= vocab_size]
+    ids,  # int64 [n]
+    temperature,  # float32 [n] or None
+    out,  # float32 [4, n]
+    temperature_value,
+    softcap,
+    num_rows,
+    stride,
+    vocab_size,
+    PARTIALS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Write (peak, total, weighted, target) of each row if PARTIALS, else (logp, entropy, peak, log total)."""
+    row = tl.program_id(0)
+    start = row_start(logits, row, stride, ALIGNED)
+    inverse = inverse_temperature(temperature, temperature_value, row)
+    target = target_logit(start, tl.load(ids + row), vocab_size, softcap, HAS_SOFTCAP)
+    peak, total, weighted = row_softmax(start, vocab_size, inverse * LOG2_E, softcap, HAS_SOFTCAP, BLOCK, WIDTH, STAGES)
+    place = out + row
+    step = tl.cast(num_rows, tl.int64)
+    if PARTIALS:
+        tl.store(place, peak * inverse)
+        tl.store(place + step, total)
+        tl.store(place + 2 * step, weighted)
+        tl.store(place + 3 * step, target * inverse)
+    else:
+        logp, entropy, log_total = finish_statistics(target, peak, total, weighted, inverse)
+        tl.store(place, logp)
+        tl.store(place + step, entropy)
+        tl.store(place + 2 * step, peak * inverse)
+        tl.store(place + 3 * step, log_total)
+
+
+@triton.jit(do_not_specialize=["stride", "out_stride"])
+def row_gradient_kernel(
+    logits,  # [n, >= vocab_size]
+    ids,  # int64 [n]
+    temperature,  # float32 [n] or None
+    entropy,  # float32 [n]
+    peak,  # float32 [n]
+    log_total,  # float32 [n]
+    d_logp,  # float32 [n]
+    d_entropy,  # float32 [n] or None
+    out,  # [n, width]
+    temperature_value,
+    softcap,
+    stride,
+    out_stride,
+    vocab_size,
+    width,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Write the gradient of sum(d_logp * logp + d_entropy * entropy) with respect to the logits."""
+    row = tl.program_id(0)
+    out_start = row_start(out, row, out_stride, ALIGNED)
+    HAS_ENTROPY: tl.constexpr = d_entropy is not None
+    weight = tl.load(d_logp + row)
+    entropy_weight = 0.0
+    if HAS_ENTROPY:
+        entropy_weight = tl.load(d_entropy + row)
+    row_peak = tl.load(peak + row)
+    if ((weight == 0) & (entropy_weight == 0)) | (row_peak == float("-inf")):
+        write_zeros(out_start, width, BLOCK, WIDTH)
+    else:
+        inverse = inverse_temperature(temperature, temperature_value, row)
+        offset, slope, hot = gradient_coefficients(
+            weight, entropy_weight, tl.load(entropy + row), tl.load(log_total + row), inverse
+        )
+        write_gradient(
+            row_start(logits, row, stride, ALIGNED),
+            out_start,
+            tl.load(ids + row),
+            vocab_size,
+            width,
+            softcap,
+            inverse,
+            finite_peak(row_peak),
+            LOG2_E,
+            offset,
+            slope,
+            hot,
+            HAS_SOFTCAP,
+            HAS_ENTROPY,
+            BLOCK,
+            WIDTH,
+            STAGES,
+        )
+
+
+def _production(name: str, kernel: Any, logits: str, absent: tuple[str, ...] = (), **changes: Any) -> Production:
+    """A launch of `kernel` on `logits` with 152064 columns; the arguments in `absent` are None."""
+    launch = row_launch(152064, {"fp32": 4, "bf16": 2}[logits])
+    types = {"logits": f"*{logits}:16", "ids": "*i64:16", "vocab_size": "i32:16", "width": "i32:16"}
+    types |= dict.fromkeys(("num_rows", "stride", "out_stride"), "i32")
+    types |= dict.fromkeys(("temperature_value", "softcap"), "fp32")
+    types |= {key: value for key, value in changes.items() if key in kernel.arg_names and isinstance(value, str)}
+    constants = {"HAS_SOFTCAP": False, "ALIGNED": True, **launch.constants, **dict.fromkeys(absent)}
+    constants |= {key: value for key, value in changes.items() if not isinstance(value, str)}
+    signature = {key: types.get(key, "*fp32:16") for key in kernel.arg_names if key not in constants}
+    return Production(name, kernel, signature, constants, launch.num_warps, 3, 64, 0, 64 << 10)
+
+
+PRODUCTION = (
+    _production("row_statistics_fp32", row_reduce_kernel, "fp32", ("temperature",), PARTIALS=False),
+    _production("row_statistics_bf16", row_reduce_kernel, "bf16", ("temperature",), PARTIALS=False),
+    _production("row_partials_bf16_softcap", row_reduce_kernel, "bf16", PARTIALS=True, HAS_SOFTCAP=True),
+    _production("row_gradient_fp32_to_bf16", row_gradient_kernel, "fp32", ("temperature", "d_entropy"), out="*bf16:16"),
+    _production("row_gradient_bf16_softcap", row_gradient_kernel, "bf16", out="*bf16:16", HAS_SOFTCAP=True),
+)
