@@ -9,8 +9,7 @@ from spear_kernels.checks import require_shape
 
 def segment_index(seq_ids: torch.Tensor) -> torch.Tensor:
     """Dense labels int64 [N] of sequence ids [N]: 0 for the smallest id, without counting them on the host."""
-    order = torch.argsort(seq_ids)
-    ordered = seq_ids[order]
+    ordered, order = seq_ids.sort()
     labels = torch.zeros_like(ordered, dtype=torch.int64)
     labels[1:] = (ordered[1:] != ordered[:-1]).long().cumsum(0)
     return torch.empty_like(labels).scatter_(0, order, labels)
@@ -23,7 +22,11 @@ def segment_sum(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     row the total of its own segment.
     """
     require_shape("index", index, tuple(values.shape))
-    return torch.zeros_like(values).index_add_(0, index, values)
+    sums = torch.zeros_like(values)
+    if values.device.type == "cpu" or not values.is_floating_point():
+        return sums.index_add_(0, index, values)
+    # Elsewhere index_add_ uses atomics, whose order changes the last bits; an accumulating index_put_ sorts.
+    return sums.index_put_((index,), values, accumulate=True)
 
 
 def segment_rank(index: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
