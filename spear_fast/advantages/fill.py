@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Literal
 
 import numpy as np
+import torch
+
+from spear_kernels.discounted_return import discounted_returns
+from spear_kernels.group_advantage import group_advantages
+from spear_kernels.spans import span_index, spread
+from spear_kernels.step_advantage import step_advantages
 
 from ..types import Group, Trajectory
-from .group import group_advantages
-from .step_group import discounted_returns, mean_group_size, step_advantages, step_groups
+from .step_group import mean_group_size, step_groups
 
 
 def fill(
@@ -35,59 +41,56 @@ def fill(
     if not trajectories:
         return {}
     _check_usable(trajectories)
-    rewards = np.array([trajectory.reward for trajectory in trajectories], dtype=np.float64)
-    episode = group_advantages(rewards, group_of, std_norm)
-    stats: dict[str, float] = {}
-    if estimator == "grpo":
-        filled = [
-            np.where(trajectory.action_mask, advantage, 0.0).astype(np.float32)
-            for trajectory, advantage in zip(trajectories, episode, strict=True)
-        ]
-    else:
-        filled, stats = _gigpo(trajectories, group_of, episode, step_weight, gamma, step_std_norm)
+    rewards = torch.tensor([trajectory.reward for trajectory in trajectories], dtype=torch.float64)
+    episode = group_advantages(rewards, torch.from_numpy(group_of), std_norm=std_norm)
+    spans = [(0, len(trajectory.tokens)) for trajectory in trajectories]
+    owner, values, stats = np.arange(len(trajectories)), episode, {}
+    if estimator == "gigpo":
+        spans = [(turn.start, turn.end) for trajectory in trajectories for turn in trajectory.turns]
+        owner = np.repeat(np.arange(len(trajectories)), [len(trajectory.turns) for trajectory in trajectories])
+        steps, stats = _step_advantages(trajectories, group_of, owner, gamma, step_std_norm)
+        values = episode[torch.from_numpy(owner)] + step_weight * steps
+    filled = _on_action_tokens(trajectories, values, spans, owner)
     for trajectory, advantages in zip(trajectories, filled, strict=True):
         trajectory.advantages = advantages
     num_tokens = sum(trajectory.num_action_tokens for trajectory in trajectories)
     return {**_statistics(filled, num_tokens, group_of), **stats}
 
 
-def _gigpo(
-    trajectories: list[Trajectory],
-    group_of: np.ndarray,
-    episode: np.ndarray,
-    step_weight: float,
-    gamma: float,
-    step_std_norm: bool,
-) -> tuple[list[np.ndarray], dict[str, float]]:
-    turn_counts = [len(trajectory.turns) for trajectory in trajectories]
+def _step_advantages(
+    trajectories: list[Trajectory], group_of: np.ndarray, owner: np.ndarray, gamma: float, std_norm: bool
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Return A_step of all turns, float64 [S], and statistics; `owner` int [S] is the trajectory of each."""
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-    labels = step_groups(np.repeat(group_of, turn_counts).tolist(), [turn.anchor for turn in turns])
-    returns = np.concatenate(
-        [discounted_returns(np.array([turn.reward for turn in trajectory.turns]), gamma) for trajectory in trajectories]
-    )
-    steps = step_weight * step_advantages(returns, labels, step_std_norm)
-    steps_by_trajectory = np.split(steps, np.cumsum(turn_counts)[:-1])
-    filled = [
-        _spread(trajectory, advantage + own_steps)
-        for trajectory, advantage, own_steps in zip(trajectories, episode, steps_by_trajectory, strict=True)
-    ]
+    labels = step_groups(group_of[owner].tolist(), [turn.anchor for turn in turns])
+    rewards = torch.tensor([turn.reward for turn in turns], dtype=torch.float64)
+    returns = discounted_returns(rewards, torch.from_numpy(owner), gamma)
     has_anchors = bool((labels >= 0).any())
-    return filled, {"advantage/anchor_group_size_mean": mean_group_size(labels)} if has_anchors else {}
+    stats = {"advantage/anchor_group_size_mean": mean_group_size(labels)} if has_anchors else {}
+    return step_advantages(returns, torch.from_numpy(labels), std_norm=std_norm), stats
 
 
-def _spread(trajectory: Trajectory, turn_advantages: np.ndarray) -> np.ndarray:
-    """Return float32 [L] with each turn's advantage on its action tokens."""
-    advantages = np.zeros(len(trajectory.tokens), dtype=np.float32)
-    outside = np.array(trajectory.action_mask, dtype=bool)
-    for turn, advantage in zip(trajectory.turns, turn_advantages, strict=True):
-        advantages[turn.start : turn.end][outside[turn.start : turn.end]] = advantage
-        outside[turn.start : turn.end] = False
+def _on_action_tokens(
+    trajectories: list[Trajectory], values: torch.Tensor, spans: list[tuple[int, int]], owner: np.ndarray
+) -> list[np.ndarray]:
+    """Return float32 [L] for each trajectory with the values [S] of its spans on their action tokens.
+
+    Span s is tokens spans[s][0] to spans[s][1] - 1 of trajectory owner[s].
+    """
+    offsets = np.cumsum([0, *(len(trajectory.tokens) for trajectory in trajectories)])
+    limits = torch.from_numpy(np.array(spans, dtype=np.int64).reshape(-1, 2) + offsets[owner][:, None])
+    index = span_index(limits[:, 0], limits[:, 1], int(offsets[-1]))
+    masks = chain.from_iterable(trajectory.action_mask for trajectory in trajectories)
+    mask = torch.from_numpy(np.fromiter(masks, dtype=np.bool_, count=offsets[-1]))
+    outside = mask & (index < 0)
     if outside.any():
+        token = int(outside.long().argmax())
+        place = int(np.searchsorted(offsets, token, side="right")) - 1
         raise ValueError(
-            f"trajectory uid={trajectory.uid} has an action token at {int(outside.argmax())} outside its turns; "
-            "add a Turn for every sampled message"
+            f"trajectory uid={trajectories[place].uid} has an action token at {token - offsets[place]} outside its "
+            "turns; add a Turn for every sampled message"
         )
-    return advantages
+    return np.split(spread(values.float(), index, mask).numpy(), offsets[1:-1])
 
 
 def _check_usable(trajectories: list[Trajectory]) -> None:

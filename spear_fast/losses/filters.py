@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
+import torch
+
+from spear_kernels.repetition import max_ngram_counts
+from spear_kernels.segment_reduce import segment_stats
+from spear_kernels.spans import span_index
 
 from ..types import Group, Status, Trajectory
 
@@ -29,9 +36,10 @@ def mark_filtered(
     """
     enabled = dict(zip(REASONS, (overlong, incomplete, repetitive, unreadable), strict=True))
     usable = [trajectory for group in groups for trajectory in group.trajectories if trajectory.status.usable]
+    loops = are_repetitive(usable, ngram, max_repeats) if repetitive else [False] * len(usable)
     counts = dict.fromkeys(REASONS, 0)
-    for trajectory in usable:
-        trajectory.filtered = _reason(trajectory, enabled, ngram, max_repeats)
+    for trajectory, loop in zip(usable, loops, strict=True):
+        trajectory.filtered = _reason(trajectory, enabled, loop)
         if trajectory.filtered is not None:
             counts[trajectory.filtered] += 1
     return {f"filter/{reason}_frac": count / max(len(usable), 1) for reason, count in counts.items()}
@@ -47,66 +55,54 @@ def keep_top_groups(groups: list[Group], share: float) -> tuple[list[Group], dic
         return [], {}
     # The small term keeps a product such as 0.29 * 100 = 28.999999999999996 from losing a group.
     num_kept = max(1, int(share * len(groups) + 1e-9))
-    spreads = np.array([_spread([trajectory.reward for trajectory in group.trajectories]) for group in groups])
+    spreads = _reward_spreads(groups)
     # Rounded, since the order of a group's rewards alone moves its spread by an ulp, which must not break ties.
     kept = np.sort(np.argsort(-spreads.round(9), kind="stable")[:num_kept])
     stats = {"filter/groups_kept_frac": num_kept / len(groups), "filter/reward_std_mean": float(spreads.mean())}
     return [groups[index] for index in kept], stats
 
 
-def max_ngram_count(messages: list[np.ndarray], ngram: int, enough: int = 1) -> int:
-    """Return how often the most frequent run of `ngram` token ids occurs in `messages`, a list of int arrays.
+def are_repetitive(trajectories: list[Trajectory], ngram: int, max_repeats: int) -> list[bool]:
+    """Return for each whether some `ngram` sampled token ids in a row occur `max_repeats` times or more.
 
-    Runs overlap and do not straddle messages; equal runs of different messages are counted together. Returns 0 if no
-    run occurs `enough` times. Exact: runs are named by dense ids while their length doubles, not hashed.
+    Runs do not straddle messages; equal runs of different messages of a trajectory are counted together.
     """
-    tokens = np.concatenate([np.zeros(0, dtype=np.int64), *messages])
-    message_of = np.repeat(np.arange(len(messages)), [len(message) for message in messages])
-    names, length = tokens, 1
-    alive = np.ones(len(tokens), dtype=bool)
-    while True:
-        names, counts = _frequent_names(names, alive, enough)
-        if length == ngram or len(counts) == 0:
-            return int(counts.max(initial=0))
-        shift = min(length, ngram - length)
-        length += shift
-        num_runs = max(len(tokens) - length + 1, 0)
-        head, tail = names[:num_runs], names[shift : shift + num_runs]
-        alive = (head >= 0) & (tail >= 0) & (message_of[:num_runs] == message_of[len(tokens) - num_runs :])
-        names = head * (len(counts) + 1) + tail
+    messages = [
+        (sequence, trajectory.tokens[turn.start : turn.end])
+        for sequence, trajectory in enumerate(trajectories)
+        for turn in trajectory.turns
+    ]
+    token_ids = np.fromiter(chain.from_iterable(tokens for _, tokens in messages), dtype=np.int64)
+    lengths = torch.tensor([len(tokens) for _, tokens in messages], dtype=torch.int64)
+    ends = lengths.cumsum(0)
+    message_ids = span_index(ends - lengths, ends, len(token_ids))
+    sequences = torch.tensor([sequence for sequence, _ in messages], dtype=torch.int64)
+    counts = max_ngram_counts(
+        torch.from_numpy(token_ids),
+        sequences[message_ids],
+        ngram,
+        num_seqs=len(trajectories),
+        message_ids=message_ids,
+        enough=max_repeats,
+    )
+    return (counts >= max_repeats).tolist()
 
 
-def _frequent_names(names: np.ndarray, alive: np.ndarray, enough: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rename runs to 0, 1, ...; return the names, -1 where not `alive` or seen fewer than `enough` times, and counts.
-
-    A run is at most as frequent as its parts, so a rare one need not be extended: little is left after a few rounds.
-    """
-    _, inverse, counts = np.unique(names[alive], return_inverse=True, return_counts=True)
-    frequent = counts >= enough
-    renamed = np.full(len(names), -1, dtype=np.int64)
-    renamed[alive] = np.where(frequent, np.cumsum(frequent) - 1, -1)[inverse]
-    return renamed, counts[frequent]
-
-
-def is_repetitive(trajectory: Trajectory, ngram: int, max_repeats: int) -> bool:
-    """Return whether some `ngram` sampled token ids in a row occur `max_repeats` times or more within messages."""
-    tokens = np.asarray(trajectory.tokens, dtype=np.int64)
-    messages = [tokens[turn.start : turn.end] for turn in trajectory.turns]
-    return max_ngram_count(messages, ngram, max_repeats) >= max_repeats
-
-
-def _reason(trajectory: Trajectory, enabled: dict[str, bool], ngram: int, max_repeats: int) -> str | None:
+def _reason(trajectory: Trajectory, enabled: dict[str, bool], is_repetitive: bool) -> str | None:
     if enabled["overlong"] and trajectory.status is Status.TRUNCATED:
         return "overlong"
     if enabled["incomplete"] and trajectory.num_tool_calls == 0 and not trajectory.answered:
         return "incomplete"
-    if enabled["repetitive"] and is_repetitive(trajectory, ngram, max_repeats):
+    if is_repetitive:
         return "repetitive"
     if enabled["unreadable"] and not trajectory.readable:
         return "unreadable"
     return None
 
 
-def _spread(rewards: list[float]) -> float:
-    """Return the sample standard deviation, 0 for fewer than two."""
-    return float(np.std(rewards, ddof=1)) if len(rewards) > 1 else 0.0
+def _reward_spreads(groups: list[Group]) -> np.ndarray:
+    """Return the sample standard deviation of each group's rewards, float64 [P]; 0 for fewer than two."""
+    rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
+    group_of = np.repeat(np.arange(len(groups)), [len(group.trajectories) for group in groups])
+    stats = segment_stats(torch.tensor(rewards, dtype=torch.float64), torch.from_numpy(group_of))
+    return stats.std[: len(groups)].numpy()

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
+
+from spear_kernels.recalibrate import median
+from spear_kernels.segment_reduce import segment_stats
 
 from ..errors import CheckpointError, ConfigError
 from ..types import Group
@@ -59,7 +63,7 @@ class BaselineQueue:
     def _median(values: np.ndarray) -> float:
         if len(values) == 0:
             raise ValueError("the reward baseline is empty; push the statistics of a step first")
-        return float(np.median(values))
+        return float(median(torch.from_numpy(values)))
 
 
 def group_statistics(groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
@@ -68,18 +72,10 @@ def group_statistics(groups: list[Group]) -> tuple[np.ndarray, np.ndarray]:
     Groups without a usable trajectory are left out. A group of one has its reward as mean and, as in the advantages, a
     standard deviation of 1.
     """
-    rewards_by_group = [
-        np.array([trajectory.reward for trajectory in group.trajectories if trajectory.status.usable], dtype=np.float64)
-        for group in groups
-    ]
-    statistics = [_mean_and_std(rewards) for rewards in rewards_by_group if len(rewards)]
-    means, stds = np.array(statistics, dtype=np.float64).reshape(-1, 2).T
-    return means, stds
-
-
-def _mean_and_std(rewards: np.ndarray) -> tuple[float, float]:
-    # Shifting by a member makes mean and std of equal rewards exact; with a plain mean, a reward equal to the baseline
-    # could lie an ulp above it and pass for a positive advantage.
-    shifted = rewards - rewards[0]
-    std = float(shifted.std(ddof=1)) if len(rewards) > 1 else 1.0
-    return float(rewards[0] + shifted.mean()), std
+    usable = [[trajectory for trajectory in group.trajectories if trajectory.status.usable] for group in groups]
+    members = [trajectories for trajectories in usable if trajectories]
+    rewards = [trajectory.reward for trajectories in members for trajectory in trajectories]
+    group_of = np.repeat(np.arange(len(members)), [len(trajectories) for trajectories in members])
+    stats = segment_stats(torch.tensor(rewards, dtype=torch.float64), torch.from_numpy(group_of))
+    stds = torch.where(stats.count == 1, 1.0, stats.std)
+    return stats.mean[: len(members)].numpy(), stds[: len(members)].numpy()

@@ -5,22 +5,21 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+import torch
+
+from spear_kernels.recalibrate import recalibrate, scaled_advantages
 
 from ..types import Row
 
 Mode = Literal["p50", "decay", "none"]
-STD_EPSILON = 1e-6
 
 
 def recalibrate_by_median(rewards: np.ndarray, median_mean: float, median_std: float | None) -> np.ndarray:
     """Return A~ = R - P50(D_R), float64 [R], divided by (`median_std` + 1e-6) unless that is None.
 
-    `rewards` float [R]; the medians are those of the baseline FIFO. A `median_std` of 0 (most recent groups all won or
-    all lost) says nothing of the scale, and dividing by 1e-6 would give advantages of 1e6: then nothing is divided.
-    Source: SPEAR (arXiv 2509.22601), advantage recalibration.
+    `rewards` float [R]; the medians are those of the baseline FIFO. A `median_std` of 0 divides nothing.
     """
-    centred = rewards - median_mean
-    return centred if not median_std else centred / (median_std + STD_EPSILON)
+    return recalibrate(torch.from_numpy(rewards), median_mean, median_std).numpy()
 
 
 def with_constant_advantage(row: Row, advantage: float) -> Row:
@@ -31,5 +30,5 @@ def with_constant_advantage(row: Row, advantage: float) -> Row:
 
 def with_scaled_advantages(row: Row, scale: float) -> Row:
     """Multiply the stored advantages of `row` by `scale` (A~ = A * w, no re-estimate); return the row."""
-    row.advantages = (row.advantages * np.float32(scale)).astype(np.float32)
+    row.advantages = scaled_advantages(torch.from_numpy(row.advantages), scale).advantages.numpy()
     return row

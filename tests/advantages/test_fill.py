@@ -6,13 +6,16 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spear_fast.advantages import fill
-from spear_fast.advantages.group import group_advantages
-from spear_fast.advantages.step_group import discounted_returns, step_advantages, step_groups
+from spear_fast.advantages.step_group import step_groups
 from spear_fast.types import Group, Status, Task, Trajectory, Turn
+from spear_kernels.discounted_return import discounted_returns_reference
+from spear_kernels.group_advantage import group_advantages_reference
+from spear_kernels.step_advantage import step_advantages_reference
 
 TASK = Task("treasure", "train", 0, seed=0)
 TURN = st.tuples(
@@ -47,8 +50,14 @@ def fill_with(groups: list[Group], **settings: object) -> dict[str, float]:
 
 def episode_advantages(groups: list[Group], std_norm: bool) -> dict[int, float]:
     flat = [(t, group.group_id) for group in groups for t in group.trajectories]
-    values = group_advantages(np.array([t.reward for t, _ in flat]), np.array([g for _, g in flat]), std_norm)
+    rewards = torch.tensor([t.reward for t, _ in flat], dtype=torch.float64)
+    values = group_advantages_reference(rewards, torch.tensor([g for _, g in flat]), std_norm)
     return {t.uid: float(value) for (t, _), value in zip(flat, values, strict=True)}
+
+
+def returns_of(turns: list[Turn], gamma: float) -> list[float]:
+    rewards = torch.tensor([turn.reward for turn in turns], dtype=torch.float64)
+    return discounted_returns_reference(rewards, torch.zeros(len(turns), dtype=torch.int64), gamma).tolist()
 
 
 @given(GROUPS, st.booleans())
@@ -59,7 +68,7 @@ def test_grpo_puts_one_number_on_all_action_tokens(plan: list, std_norm: bool) -
     for member in (t for group in groups for t in group.trajectories):
         wanted = [expected[member.uid] if is_action else 0.0 for is_action in member.action_mask]
         assert member.advantages is not None and member.advantages.dtype == np.float32
-        np.testing.assert_array_equal(member.advantages, np.array(wanted, dtype=np.float32))
+        np.testing.assert_allclose(member.advantages, np.array(wanted), rtol=1e-6, atol=1e-8)
 
 
 @given(GROUPS, st.booleans(), st.booleans(), st.floats(0, 2), st.floats(0, 1))
@@ -72,13 +81,14 @@ def test_gigpo_adds_the_step_advantage_of_each_turn(
     )
     expected = episode_advantages(groups, std_norm)
     steps = [
-        (group.group_id, t, turn, float(discounted_returns(np.array([u.reward for u in t.turns]), gamma)[i]))
+        (group.group_id, t, turn, returns_of(t.turns, gamma)[i])
         for group in groups
         for t in group.trajectories
         for i, turn in enumerate(t.turns)
     ]
     labels = step_groups([s[0] for s in steps], [s[2].anchor for s in steps])
-    values = step_advantages(np.array([s[3] for s in steps]), labels, step_std_norm)
+    returns = torch.tensor([s[3] for s in steps], dtype=torch.float64)
+    values = step_advantages_reference(returns, torch.from_numpy(labels), step_std_norm).tolist()
     wanted = {t.uid: np.zeros(len(t.tokens)) for group in groups for t in group.trajectories}
     for (_, member, turn, _), value in zip(steps, values, strict=True):
         for token in range(turn.start, turn.end):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spear_fast.losses import keep_top_groups, mark_filtered
-from spear_fast.losses.filters import max_ngram_count
 from spear_fast.types import Group, Status, Task, Trajectory, Turn
 
 TASK = Task("calculator", "train", 0, seed=0)
@@ -41,23 +39,23 @@ def slow_ngram_count(messages: list[list[int]], ngram: int) -> int:
 
 
 @given(MESSAGES, st.integers(1, 9), st.integers(1, 6))
-def test_ngram_count_is_the_counted_one(messages: list[list[int]], ngram: int, enough: int) -> None:
-    expected = slow_ngram_count(messages, ngram)
-    arrays = [np.array(message, dtype=np.int64) for message in messages]
-    assert max_ngram_count(arrays, ngram) == expected
-    assert max_ngram_count(arrays, ngram, enough) == (expected if expected >= enough else 0)
-
-
-@given(MESSAGES, st.integers(1, 9), st.integers(1, 6))
 def test_repetitive_looks_at_sampled_tokens_only(messages: list[list[int]], ngram: int, max_repeats: int) -> None:
     made = trajectory(messages, observation=[0] * 100)
     expected = "repetitive" if slow_ngram_count(messages, ngram) >= max_repeats else None
     assert mark(made, ngram=ngram, max_repeats=max_repeats) == expected
 
 
-@pytest.mark.parametrize("num_tokens", range(12))
-def test_messages_shorter_than_the_ngram(num_tokens: int) -> None:
-    assert max_ngram_count([np.arange(num_tokens)], 8) == (num_tokens >= 8)
+@given(st.lists(MESSAGES, max_size=4), st.integers(1, 9), st.integers(1, 6))
+def test_trajectories_are_judged_one_by_one(texts: list[list[list[int]]], ngram: int, max_repeats: int) -> None:
+    members = [trajectory(messages, observation=[0] * 3) for messages in texts]
+    stats = mark_filtered([Group(0, TASK, members)], **{**ALL, "ngram": ngram, "max_repeats": max_repeats})  # type: ignore[arg-type]
+    expected = [slow_ngram_count(messages, ngram) >= max_repeats for messages in texts]
+    assert [member.filtered == "repetitive" for member in members] == expected
+    assert stats["filter/repetitive_frac"] == pytest.approx(sum(expected) / max(len(texts), 1))
+
+
+def test_repetition_that_is_not_asked_for_is_not_marked() -> None:
+    assert mark(trajectory([list(range(20)) * 10]), repetitive=False) is None
 
 
 def test_twenty_tokens_ten_times() -> None:
