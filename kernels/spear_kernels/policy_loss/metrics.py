@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from spear_kernels.cov_select import summarize_covariance
@@ -38,6 +40,28 @@ METRICS = (
 QUANTILES = METRICS[-3:]
 """Metrics that exist when the tokens were chosen in the call; the choice computes what they need."""
 
+SUMS = ("loss", "policy_loss", "num_tokens", "dropped_tokens")
+"""Metrics whose values of parts of a batch add up."""
+
+
+def join_metrics(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Metrics of a batch from those of its parts, 0-d each, without waiting for the device.
+
+    SUMS add up, `ess` is taken from the sums of the ratios and of their squares, others are weighted by num_tokens.
+    Statistics of the covariance cannot be joined: they are left out unless there is one part.
+    """
+    if len(parts) == 1:
+        return dict(parts[0])
+    names = [name for name in parts[0] if not name.startswith("cov_")]
+    table = torch.stack([torch.stack([part[name] for name in names]) for part in parts])  # [parts, names]
+    tokens, ratio, ess = (table[:, names.index(name)] for name in ("num_tokens", "ratio_mean", "ess"))
+    means = tokens @ table / tokens.sum().clamp(min=1)
+    joined = zip(names, table.sum(0).unbind(), means.unbind(), strict=True)
+    result = {name: total if name in SUMS else mean for name, total, mean in joined}
+    square_mean = (tokens * torch.where(tokens > 0, ratio.square() / ess, 0)).sum() / tokens.sum()
+    result["ess"] = torch.where(tokens.sum() > 0, result["ratio_mean"].square() / square_mean, 0)
+    return result
+
 
 def named_metrics(
     vector: torch.Tensor, *, has_entropy: bool, has_ref: bool, has_sampler: bool, has_quantiles: bool
@@ -58,7 +82,7 @@ def covariance_quantiles(cov: torch.Tensor, mask: torch.Tensor, dtype: torch.dty
 
 
 def _covariance(logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(A - mean A)(logp - mean logp), float64 [N], to be averaged: unlike `covariance`, its bits depend on the order."""
+    """(A - mean A)(logp - mean logp), float64 [N], to be averaged; unlike `covariance`, its bits depend on order."""
     num_tokens = mask.sum().clamp(min=1)
     advantages, logp = (torch.where(mask, values, 0).double() for values in (advantages, logp))
     return (advantages - advantages.sum() / num_tokens) * (logp - logp.sum() / num_tokens)
