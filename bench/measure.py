@@ -1,0 +1,107 @@
+"""Time and memory of one step, on the CPU or on CUDA."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench.contenders import Outcome, Step
+from bench.problems import Problem
+
+MAX_COPIES = 64
+# Rounds before the timed ones; the CPU needs none beyond the run that checks the result.
+WARM_UP = {"cpu": 0, "cuda": 3}
+
+
+def run_step(step: Step, problem: Problem, backward: bool = True) -> Outcome:
+    """Forward and, unless `backward` is False or there is no loss, backward into fresh gradients."""
+    clear_gradients(problem)
+    if not backward:
+        with torch.no_grad():
+            return step(problem)
+    outcome = step(problem)
+    if outcome.loss is not None:
+        outcome.loss.backward()
+    return outcome
+
+
+def clear_gradients(problem: Problem) -> None:
+    """Drop the gradients of the last step."""
+    for leaf in problem.leaves:
+        leaf.grad = None
+
+
+def copies_for_cache(problem: Problem) -> int:
+    """How many copies of the per-token inputs exceed the second-level cache of a CUDA device twice; 1 on the CPU."""
+    device = problem.ids.device
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(MAX_COPIES, -(-2 * cache // problem.row_inputs.nbytes)))
+
+
+def seconds(step: Step, problem: Problem, backward: bool) -> float:
+    """Duration of one step: CUDA events there, the wall clock on the CPU."""
+    clear_gradients(problem)
+    if problem.ids.device.type != "cuda":
+        started = time.perf_counter()
+        run_step(step, problem, backward)
+        return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run_step(step, problem, backward)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def alternate(steps: dict[str, Step], problems: list[Problem], repeats: int, backward: bool) -> dict[str, list[float]]:
+    """Times in seconds of each step, taken in turns, every second round in reverse order.
+
+    Each turn takes the next of `problems`, copies of the same inputs. A few first rounds on CUDA are not kept.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    unused = WARM_UP[problems[0].ids.device.type]
+    for turn in range(unused + repeats):
+        problem = problems[turn % len(problems)]
+        for name in list(steps)[:: -1 if turn % 2 else 1]:
+            times[name].append(seconds(steps[name], problem, backward))
+            clear_gradients(problem)
+    return {name: taken[unused:] for name, taken in times.items()}
+
+
+def cuda_peak(step: Step, problem: Problem) -> int:
+    """Bytes that a step adds to what is allocated, at its peak, gradients included."""
+    clear_gradients(problem)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run_step(step, problem)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def resident_peak(work: Callable[[], object]) -> int:
+    """Bytes by which `work` raises this process's resident memory at its peak (Linux).
+
+    Raises:
+        OSError: the system does not let a process reset its own peak.
+    """
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    work()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None, f"/proc/self/status has no {name}"
+    return int(found[1]) * 1024
