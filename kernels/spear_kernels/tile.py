@@ -247,7 +247,7 @@ def write_gradient(
     for first in range(whole, width, BLOCK):
         here = first + columns
         inside = here < vocab_size
-        raw = tl.load(start + here, mask=inside, other=0.0)
+        raw = tl.load(start + here, mask=inside, other=_IMPOSSIBLE)
         gradient = gradient_block(
             raw, here, token, softcap, before, peak, after, offset, slope, hot, HAS_SOFTCAP, HAS_ENTROPY
         )
