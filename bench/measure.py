@@ -61,19 +61,26 @@ def seconds(step: Step, problem: Problem, backward: bool) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def alternate(steps: dict[str, Step], problems: list[Problem], repeats: int, backward: bool) -> dict[str, list[float]]:
+def alternate(
+    steps: dict[str, Step], problems: list[Problem], repeats: int, backward: bool
+) -> dict[str, list[float] | Exception]:
     """Times in seconds of each step, taken in turns, every second round in reverse order.
 
-    Each turn takes the next of `problems`, copies of the same inputs. A few first rounds on CUDA are not kept.
+    Each turn takes the next of `problems`, copies of the same inputs. A few first rounds on CUDA are not kept. A step
+    that fails, for want of memory say, leaves its exception in place of times and takes no further turn.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    failures: dict[str, Exception] = {}
     unused = WARM_UP[problems[0].ids.device.type]
     for turn in range(unused + repeats):
         problem = problems[turn % len(problems)]
-        for name in list(steps)[:: -1 if turn % 2 else 1]:
-            times[name].append(seconds(steps[name], problem, backward))
+        for name in [name for name in list(steps)[:: -1 if turn % 2 else 1] if name not in failures]:
+            try:
+                times[name].append(seconds(steps[name], problem, backward))
+            except Exception as error:  # the other contenders go on
+                failures[name] = error
             clear_gradients(problem)
-    return {name: taken[unused:] for name, taken in times.items()}
+    return {name: failures.get(name) or taken[unused:] for name, taken in times.items()}
 
 
 def cuda_peak(step: Step, problem: Problem) -> int:

@@ -151,14 +151,10 @@ def gated(contender: Contender, dtype: torch.dtype, options: Options) -> dict[st
     except ImportError as error:
         return entry | {"status": "not installed", "reason": str(error), "install": contender.install}
     except Exception as error:  # another project's operator may fail in any way; the rest goes on
-        return entry | {"status": "failed", "reason": _short(error)}
+        return entry | _failure(error)
     reason = complaint(errors, dtype)
     entry |= {"gate": errors}
     return entry | ({"status": "refused", "reason": reason} if reason else {"status": "passed", "step": step})
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def run_case(
@@ -179,16 +175,34 @@ def run_case(
             steps[contender.name] = step
             if options.memory:
                 entry |= _peak(contender, step, problem, options)
-    problems = problem.rotated(copies_for_cache(problem))
-    by_name = {contender.name: contender for contender in contenders}
-    for name, times in alternate(steps, problems, options.repeats, backward=True).items():
-        speed = _speed(by_name[name], times, problem, backward=True)
-        entries[name] |= {"status": "measured", "times_s": times, **speed}
-    if options.level == "logits":
-        for name, times in alternate(steps, problems, options.repeats, backward=False).items():
-            entries[name]["forward"] = {"times_s": times, **_speed(by_name[name], times, problem, backward=False)}
+    _measure(contenders, steps, entries, problem, options)
     _add_floor_shares(entries, options.level)
     return {**_describe_case(problem, options), "contenders": entries}
+
+
+def _measure(
+    contenders: list[Contender],
+    steps: dict[str, Step],
+    entries: dict[str, dict[str, Any]],
+    problem: Problem,
+    options: Options,
+) -> None:
+    """Add times and rates to the entries of `steps`; from logits also those of the forward pass alone."""
+    problems, by_name = problem.rotated(copies_for_cache(problem)), {one.name: one for one in contenders}
+    for backward in (True, False) if options.level == "logits" else (True,):
+        passing = {name: step for name, step in steps.items() if entries[name]["status"] in ("passed", "measured")}
+        for name, times in alternate(passing, problems, options.repeats, backward).items():
+            if isinstance(times, Exception):
+                entries[name] |= _failure(times)
+                continue
+            figures = {"times_s": times, **_speed(by_name[name], times, problem, backward)}
+            entries[name] |= {"status": "measured", **figures} if backward else {"forward": figures}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"status": "out of memory"}
+    return {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
 
 def _checked(step: Step, problem: Problem, truth: Truth | None) -> dict[str, Any]:
@@ -198,10 +212,8 @@ def _checked(step: Step, problem: Problem, truth: Truth | None) -> dict[str, Any
         if truth is None:
             return {}
         errors = errors_of(outcome, problem, truth)
-    except torch.OutOfMemoryError:
-        return {"status": "out of memory"}
     except Exception as error:  # see gated()
-        return {"status": "failed", "reason": _short(error)}
+        return _failure(error)
     finally:
         _release_memory(problem)
     reason = complaint(errors, problem.shape.head.dtype)
@@ -277,7 +289,8 @@ def _add_floor_shares(entries: dict[str, dict[str, Any]], level: str) -> None:
             entry["floor_share"] = floor["median_s"] / entry["median_s"]
         else:
             entry["floor_share"] = entry["gb_per_s"] / floor["gb_per_s"]
-            entry["forward"]["floor_share"] = entry["forward"]["gb_per_s"] / floor["forward"]["gb_per_s"]
+            if "forward" in entry:
+                entry["forward"]["floor_share"] = entry["forward"]["gb_per_s"] / floor["forward"]["gb_per_s"]
 
 
 def _header(args: argparse.Namespace, contenders: list[Contender]) -> dict[str, Any]:

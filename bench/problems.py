@@ -63,7 +63,7 @@ class Shape:
         return self.num_rows // self.num_seqs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """Inputs of a policy loss; either `hidden` and `weight` or `logits` are there and want a gradient.
 
