@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spear_kernels import PolicyLossConfig, covariance_select
-from spear_kernels.cov_select import covariance_select_reference
+from spear_kernels.cov_select import covariance, covariance_metrics, covariance_select_reference, select_by_covariance
+from spear_kernels.cov_select.choice import choose_rows
 from spear_kernels.cov_select.draw import priorities
+from spear_kernels.cov_select.library import covariance_rows, covariance_summary
 from spear_kernels.cov_select.reference import priority_reference, splitmix64
 from spear_kernels.testing import OperationRecorder, policy_problem
 
@@ -180,12 +184,129 @@ def test_seed_changes_the_draw():
 
 
 def test_no_host_sync_operation_is_used():
-    """Reading a device value on the host would stall every loss call."""
+    """Reading a device value on the host would stall every loss call; the operators' bodies are seen when run bare."""
     p = policy_problem(64)
-    for kind in ("clip_cov", "kl_cov"):
-        with OperationRecorder() as seen:
+    cov = covariance(p.logp, p.advantages, p.mask)
+    with OperationRecorder() as seen:
+        for kind in ("clip_cov", "kl_cov"):
             select(p, PolicyLossConfig(kind=kind), positions=None)
-        assert not seen.host_syncs
+        covariance_rows(p.logp, p.advantages, p.mask, None)
+        covariance_summary(cov, p.mask, None)
+        choose_rows(cov, p.mask, p.mask, p.seq_ids, p.positions, 0.1, 3, None)
+    assert {"scatter_add_", "frexp"} <= seen.names
+    assert not seen.host_syncs
+
+
+@pytest.mark.parametrize("kind", ["clip_cov", "kl_cov"])
+def test_micro_batches_get_slices_of_one_choice(kind):
+    """A mini-batch put together from micro-batches in another order: each token's fate stays the same."""
+    p = policy_problem(211)
+    cfg = PolicyLossConfig(kind=kind, cov_ratio=0.1, cov_lower=-0.2, cov_upper=0.9)
+    chosen = select(p, cfg)
+    parts = [part for size in (13, 50, 211) for part in reversed(torch.arange(211).split(size))]
+    for order in (torch.cat(parts[:17]), torch.cat(parts[17:22]), parts[22]):
+        columns = (p.logp, p.old_logp, p.advantages, p.mask)
+        again = covariance_select(*(c[order] for c in columns), cfg, p.seq_ids[order], positions=p.positions[order])
+        assert torch.equal(again, chosen[order])
+
+
+@pytest.mark.parametrize("kind", ["clip_cov", "kl_cov"])
+@pytest.mark.parametrize("ratio", [0.01, 0.13, 0.5, 0.99, 1.0])
+def test_count_is_exact_when_all_tokens_share_a_name(kind, ratio):
+    """Equal draws, and for kl_cov equal covariances in pairs: the first rows win, and never more than asked for."""
+    logp, old_logp, advantages, mask = uniform_problem(100)
+    cfg = PolicyLossConfig(kind=kind, cov_ratio=ratio, cov_lower=0.0, cov_upper=5.0)
+    names = torch.zeros(100, dtype=torch.int64)
+    chosen = covariance_select(logp, old_logp, advantages, mask, cfg, names, positions=names)
+    count = int(100 * ratio)
+    assert chosen.sum() == count
+    if kind == "clip_cov":
+        assert chosen[:count].all()
+
+
+@pytest.mark.parametrize("kind", ["clip_cov", "kl_cov"])
+def test_cov_ratio_zero_and_one(kind):
+    p = policy_problem(90)
+    cfg = PolicyLossConfig(kind=kind, cov_ratio=0.0, cov_lower=-100.0, cov_upper=100.0)
+    assert not select(p, cfg).any()
+    everything = select(p, replace(cfg, cov_ratio=1.0, clip_low=50.0, clip_high=50.0))
+    assert torch.equal(everything, p.mask)
+
+
+@pytest.mark.parametrize("kind", ["clip_cov", "kl_cov"])
+def test_no_mask_means_all_rows(kind):
+    p = policy_problem(90)
+    cfg = PolicyLossConfig(kind=kind, cov_ratio=0.2, cov_lower=-0.3, cov_upper=0.8)
+    all_true = torch.ones(90, dtype=torch.bool)
+    args = (p.logp, p.old_logp, p.advantages)
+    chosen = covariance_select(*args, all_true, cfg, p.seq_ids)
+    assert torch.equal(covariance_select(*args, None, cfg, p.seq_ids), chosen)
+    cov = covariance(p.logp, p.advantages, None)
+    assert torch.equal(cov, covariance(p.logp, p.advantages, all_true))
+    assert torch.equal(select_by_covariance(cov, *args, None, cfg, p.seq_ids), chosen)
+    assert covariance_metrics(p.logp, p.advantages, None) == covariance_metrics(p.logp, p.advantages, all_true)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_logp_has_covariance_zero_exactly(dtype):
+    """Every token ties, so kl_cov draws; 0.1 has no exact sum, and rounding must not invent a ranking."""
+    logp = torch.full((99,), -0.1, dtype=dtype)
+    advantages = policy_problem(99).advantages.to(dtype)
+    mask = torch.ones(99, dtype=torch.bool)
+    assert (covariance(logp, advantages, mask) == 0).all()
+    assert (covariance(advantages, logp, mask) == 0).all()
+    cfg = PolicyLossConfig(kind="kl_cov", cov_ratio=0.2)
+    drawn = priorities(4, torch.zeros(99, dtype=torch.int64), torch.arange(99))
+    chosen = covariance_select(logp, logp, advantages, mask, cfg, seed=4)
+    assert torch.equal(chosen, drawn <= drawn.sort().values[18])
+
+
+@pytest.mark.parametrize("kind", ["clip_cov", "kl_cov"])
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e200])
+def test_advantages_of_any_scale(kind, scale):
+    p = policy_problem(150)
+    p.advantages = p.advantages * scale
+    cfg = PolicyLossConfig(kind=kind, cov_ratio=0.2, cov_lower=-0.3 * scale, cov_upper=0.8 * scale)
+    chosen = select(p, cfg)
+    assert chosen.any()
+    assert torch.equal(
+        chosen, covariance_select_reference(p.logp, p.old_logp, p.advantages, p.mask, cfg, p.seq_ids, p.positions)
+    )
+
+
+def test_one_outlier_does_not_blur_the_others():
+    """A log-prob of -1e4 widens the range that values are measured in; the other covariances keep their bits."""
+    p = policy_problem(150)
+    p.logp[p.mask.nonzero()[0]] = -1e4
+    cov = covariance(p.logp, p.advantages, p.mask)
+    advantages, logp = ([Fraction(float(x)) for x in column[p.mask]] for column in (p.advantages, p.logp))
+    mean_a, mean_l = sum(advantages) / len(advantages), sum(logp) / len(logp)
+    exact = [float((a - mean_a) * (x - mean_l)) for a, x in zip(advantages, logp, strict=True)]
+    torch.testing.assert_close(cov[p.mask], torch.tensor(exact, dtype=torch.float64), rtol=1e-13, atol=1e-12)
+
+
+def test_not_finite_values_leave_the_count_and_give_no_candidates():
+    """The loss of such a batch is not finite either; the selection must only not make things worse."""
+    p = policy_problem(100)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        p.logp[p.mask.nonzero()[3]] = value
+        assert covariance(p.logp, p.advantages, p.mask)[p.mask].isnan().all()
+        assert not select(p, PolicyLossConfig(kind="clip_cov", cov_lower=-1e9, cov_upper=1e9)).any()
+        chosen = select(p, PolicyLossConfig(kind="kl_cov", cov_ratio=0.3))
+        assert chosen.sum() == int(p.mask.sum() * 0.3)
+        assert not chosen[~p.mask].any()
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**31), st.integers(0, 60), st.sampled_from([torch.float32, torch.float64]))
+def test_metrics_are_quantiles_of_the_sorted_covariances(seed, num_rows, dtype):
+    p = policy_problem(num_rows, seed=seed)
+    metrics = covariance_metrics(p.logp.to(dtype), p.advantages.to(dtype), p.mask)
+    cov = covariance(p.logp.to(dtype), p.advantages.to(dtype), p.mask)[p.mask].sort().values.tolist()
+    last = len(cov) - 1
+    expected = [sum(cov) / max(len(cov), 1), *(cov[int(share * last)] if cov else 0.0 for share in (0.5, 0.99, 1.0))]
+    assert list(metrics) == ["cov_mean", "cov_p50", "cov_p99", "cov_max"]
+    torch.testing.assert_close(torch.stack(list(metrics.values())), torch.tensor(expected).float(), atol=1e-7, rtol=0)
 
 
 def test_other_kinds_select_nothing():

@@ -27,14 +27,15 @@ def choose_rows(
 ) -> torch.Tensor:
     """max(1, floor(cov_ratio * n)) of the candidates, bool [N]; n is the number of rows with mask True on all ranks.
 
-    Those of largest `cov` float64 [N] if it is given, then those of smallest draw; candidates, mask bool [N], seq_ids,
+    Those of largest `cov` float64 [N] if it is given, then those of smallest draw; candidates, mask bool [N]; seq_ids,
     positions int64 [N]. Fewer are chosen only if there are fewer candidates.
     """
     num_tokens = all_sum(mask.sum(), group)
     wanted = torch.floor(num_tokens.double() * cov_ratio).clamp(min=1).long()
     keys = [priorities(seed, seq_ids, positions)]
     if cov is not None:
-        keys.insert(0, ordered_key(0.0 - cov))  # unlike -cov, never -0.0, which would come before 0.0
+        # Unlike -cov, 0.0 - cov is never -0.0, which would come before 0.0. NaN, of either sign, comes last.
+        keys.insert(0, ordered_key((0.0 - cov).nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)))
     chosen, undecided = torch.zeros_like(candidates), candidates
     for key in keys:
         threshold = kth_smallest(key, undecided, wanted, group)
