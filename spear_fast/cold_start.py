@@ -62,7 +62,7 @@ def imitate(policy: Policy, rows: Sequence[Row], config: RunConfig) -> dict[str,
         policy.model,
         settings,
         token_budget=config.update.token_budget,
-        head_chunk_bytes=config.update.head_chunk_mib << 20,
+        head_chunk_bytes=config.update.head_chunk_bytes,
     )
     losses = []
     batches = _batches(len(rows), cold.batch_size, derive_seed(config.seed, "cold_start"))

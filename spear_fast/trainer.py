@@ -257,7 +257,7 @@ def make_updater(config: RunConfig, policy: Policy, folder: RunFolder) -> Update
         settings,
         token_budget=update.token_budget,
         temperature=config.rollout.temperature,
-        head_chunk_bytes=update.head_chunk_mib << 20,
+        head_chunk_bytes=update.head_chunk_bytes,
         dump_folder=folder.nonfinite,
     )
 

@@ -25,3 +25,13 @@ def host_may_wait(tensor: torch.Tensor) -> bool:
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """float64 if any tensor is float64, else float32: half-precision inputs are never computed in half."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def require_ids(ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise ValueError if an id [N] is none of 0..vocab_size-1; on devices, where looking would wait, do nothing."""
+    if not host_may_wait(ids) or len(ids) == 0:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"ids hold {wrong}, but must be between 0 and {vocab_size - 1}; leave out or mask such rows")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spear_kernels.cov_select import covariance_select
@@ -131,7 +132,7 @@ def assert_close_to_truth(actual: torch.Tensor, truth: torch.Tensor, naive: torc
 
 
 class OperationRecorder(TorchDispatchMode):
-    """Watches the operations inside the context: their names, largest result and matrix products."""
+    """Watches the operations inside the context, also inside our operators: names, largest result, matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,11 +141,16 @@ class OperationRecorder(TorchDispatchMode):
         self.matrix_flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        own = OPDEFS.get(func.name().removesuffix(".default")) if func.namespace == "spear_kernels" else None
+        if own is not None:
+            # A dispatch mode is off inside the operator it was called for, which is opaque to it otherwise.
+            with self:
+                return own._init_fn(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         self.names.add(name)
         if name in ("mm", "addmm", "addmm_"):
-            left, right = args[-2:]
+            left, right = [argument for argument in args if isinstance(argument, torch.Tensor)][-2:]
             self.matrix_flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, torch.Tensor):

@@ -295,8 +295,13 @@ class UpdateConfig(Section):
     """Largest mean |trainer - sampler| log-prob difference in nats; above it the run stops."""
     tis_clip: float | None = Field(default=None, gt=0.0)
     """With "recompute": weight tokens by min(exp(trainer - sampler), tis_clip); None switches it off."""
-    head_chunk_mib: Positive = 256
-    """Memory for one chunk of logits, in MiB."""
+    head_chunk_mib: Positive | None = None
+    """Memory for the logits that exist at once, in MiB; None takes 1024 on a GPU and 64 on the CPU."""
+
+    @property
+    def head_chunk_bytes(self) -> int | None:
+        """`head_chunk_mib` in bytes."""
+        return None if self.head_chunk_mib is None else self.head_chunk_mib << 20
 
 
 class EvalConfig(Section):

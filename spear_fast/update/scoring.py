@@ -11,7 +11,7 @@ import torch
 
 from spear_fast.batching import collate, pack
 from spear_fast.types import MicroBatch, Row
-from spear_kernels import DEFAULT_CHUNK_BYTES, linear_logprob
+from spear_kernels import linear_logprob
 
 from .attention import AttentionPlan, plan_attention, select_rows
 
@@ -46,7 +46,8 @@ class Scorer:
     """Packed tokens per forward pass."""
     temperature: float = 1.0
     """The sampling temperature."""
-    head_chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    head_chunk_bytes: int | None = None
+    """Memory for the logits that exist at once; None takes the operators' default."""
 
     def action_hidden(self, planned: PlannedBatch) -> torch.Tensor:
         """Hidden states [N, H] that predict the action tokens of a micro-batch."""

@@ -13,7 +13,7 @@ import torch
 
 from spear_fast.batching import Counts, count
 from spear_fast.types import MicroBatch, Row
-from spear_kernels import DEFAULT_CHUNK_BYTES, PolicyLossConfig, covariance_select, linear_policy_loss
+from spear_kernels import PolicyLossConfig, covariance_metrics, covariance_select, linear_policy_loss
 from spear_kernels.results import LinearPolicyLossResult
 
 from .dump import dump_rows
@@ -53,7 +53,7 @@ class Updater:
         *,
         token_budget: int,
         temperature: float = 1.0,
-        head_chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        head_chunk_bytes: int | None = None,
         dump_folder: Path | None = None,
     ) -> None:
         """`token_budget` packed tokens per micro-batch; `temperature` of sampling; rows of a skipped step are written
@@ -80,8 +80,9 @@ class Updater:
         self.optimizer.zero_grad()
         metrics, trail = {}, []
         for group in groups:
-            parts = self._backward(group, seed)
+            parts, covariance = self._backward(group, seed)
             metrics |= join([result.metrics for _, result in parts], group.prefix)
+            metrics |= {f"{group.prefix}/{name}": value for name, value in covariance.items()}
             trail += [([group.rows[i] for i in planned.index], result.loss.detach()) for planned, result in parts]
         metrics["update/grad_norm"] = self.optimizer.clip_gradients()
         values = {**read(metrics), "update/lr": self.optimizer.lr, "update/micro_batches": float(len(trail))}
@@ -94,17 +95,19 @@ class Updater:
             self.optimizer.step()
         return values | {"update/skipped_steps": float(skip)}
 
-    def _backward(self, group: LossGroup, seed: int) -> list[tuple[PlannedBatch, LinearPolicyLossResult]]:
-        """Add the group's gradient, micro-batch by micro-batch."""
+    def _backward(
+        self, group: LossGroup, seed: int
+    ) -> tuple[list[tuple[PlannedBatch, LinearPolicyLossResult]], dict[str, torch.Tensor]]:
+        """Add the group's gradient, micro-batch by micro-batch; also the covariances' statistics if made over all."""
         planned = plan_batches(group.rows, self.scorer.token_budget, self.policy.device)
         counts = count(group.rows)
-        selections = self._select(group, planned, seed)
+        selections, covariance = self._select(group, planned, seed)
         results = []
         for part, selected in zip(planned, selections, strict=True):
             result = self._loss(part, group.cfg, counts, selected, seed)
             (group.coef * result.loss).backward()
             results.append((part, result))
-        return results
+        return results, covariance
 
     def _loss(
         self, part: PlannedBatch, cfg: PolicyLossConfig, counts: Counts, selected: torch.Tensor | None, seed: int
@@ -118,7 +121,7 @@ class Updater:
             batch.targets,
             batch.old_logp,
             batch.advantages,
-            torch.ones_like(batch.targets, dtype=torch.bool),
+            None,
             cfg,
             batch.seq_ids,
             self.scorer.temperature,
@@ -133,30 +136,34 @@ class Updater:
             chunk_bytes=self.scorer.head_chunk_bytes,
         )
 
-    def _select(self, group: LossGroup, planned: list[PlannedBatch], seed: int) -> Sequence[torch.Tensor | None]:
+    def _select(
+        self, group: LossGroup, planned: list[PlannedBatch], seed: int
+    ) -> tuple[Sequence[torch.Tensor | None], dict[str, torch.Tensor]]:
         """The covariance choice of each micro-batch, made over the whole group; None where the loss makes its own.
 
         Costs one more forward pass over the group, so it is made only when there is a choice and several parts.
         """
         if not group.cfg.uses_covariance or group.stats == "microbatch" or len(planned) == 1:
-            return [None] * len(planned)
+            return [None] * len(planned), {}
         logp = torch.cat([self.scorer.batch_logp(part) for part in planned])
 
         def all_parts(name: str) -> torch.Tensor:
             return torch.cat([getattr(part.batch, name) for part in planned])
 
+        advantages = all_parts("advantages")
         selected = covariance_select(
             logp,
             all_parts("old_logp"),
-            all_parts("advantages"),
-            torch.ones_like(logp, dtype=torch.bool),
+            advantages,
+            None,
             group.cfg,
             all_parts("seq_ids"),
             seed,
             positions=all_parts("positions"),
             row_weight=torch.cat([_weight(part.batch) for part in planned]),
         )
-        return selected.split([len(part.batch.targets) for part in planned])
+        parts = selected.split([len(part.batch.targets) for part in planned])
+        return parts, covariance_metrics(logp, advantages, None)
 
     def _dump(self, trail: list[tuple[list[Row], torch.Tensor]]) -> None:
         """Write the rows whose loss was not finite; all of them if only the gradient was not."""

@@ -73,13 +73,71 @@ def test_bf16_weight_gradient_is_accumulated_in_float32():
     assert weight.grad.flatten().tolist() == [num_rows / 2, -num_rows / 2]
 
 
-def test_frozen_weight_gets_no_gradient():
+# Logits that fit the budget are kept, so the products are 2 forward and 2 for hidden; else 2 more compute them again.
+@pytest.mark.parametrize(("chunk_bytes", "products"), [(None, 4), (5 * 37 * 8, 6)])
+def test_frozen_weight_gets_no_gradient_and_no_product(chunk_bytes, products):
     p = head_problem()
     hidden = p.hidden.requires_grad_()
     with OperationRecorder() as seen:
-        linear_logprob(hidden, p.weight, p.ids).logp.sum().backward()
+        linear_logprob(hidden, p.weight, p.ids, chunk_bytes=chunk_bytes).logp.sum().backward()
     assert p.weight.grad is None
-    assert seen.matrix_flops == 6 * p.hidden.numel() * len(p.weight)
+    assert seen.matrix_flops == products * p.hidden.numel() * len(p.weight)
+
+
+def test_kept_logits_save_the_recomputation_and_rows_without_gradient_their_products():
+    p = head_problem()
+    d_logp = torch.ones(23)
+    d_logp[:8] = 0
+
+    def flops(**options):
+        with OperationRecorder() as seen:
+            gradients(linear_logprob, p, d_logp, torch.zeros(23), **options)
+        return seen.matrix_flops / (p.hidden.numel() * len(p.weight))
+
+    assert flops() == pytest.approx(2 + 4 * 15 / 23)
+    assert flops(chunk_bytes=5 * 37 * 8) == pytest.approx(2 + 6 * 15 / 23)
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 5 * 37 * 8])
+def test_backward_repeats(chunk_bytes):
+    p = head_problem()
+    inputs = [tensor.requires_grad_() for tensor in (p.hidden, p.weight, p.bias)]
+    out = linear_logprob(p.hidden, p.weight, p.ids, p.temperature, bias=p.bias, chunk_bytes=chunk_bytes)
+    loss = out.logp.sum() - 0.3 * out.entropy.sum()
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for once, twice in zip(first, torch.autograd.grad(2 * loss, inputs), strict=True):
+        torch.testing.assert_close(twice, 2 * once, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 5 * 37 * 8])
+def test_softcap_and_padded_vocabulary(chunk_bytes):
+    p = head_problem()
+    p.ids %= 30
+    options = {"softcap": 3.0, "vocab_size": 30}
+    d_logp, d_entropy = torch.randn(23).double(), torch.randn(23).double()
+    out, grads = gradients(linear_logprob, p, d_logp, d_entropy, chunk_bytes=chunk_bytes, **options)
+    truth, true_grads = gradients(linear_logprob_reference, p, d_logp, d_entropy, **options)
+    for actual, expected in zip((*out, *grads), (*truth, *true_grads), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert (grads[1][30:] == 0).all()
+    assert (grads[2][30:] == 0).all()
+
+
+def test_masked_rows_may_hold_anything_and_cost_nothing():
+    p = head_problem()
+    mask = torch.arange(23) % 3 != 0
+    d_logp, d_entropy = torch.randn(23).double() * mask, torch.randn(23).double() * mask
+    truth, true_grads = gradients(linear_logprob_reference, p, d_logp, d_entropy)
+    p.hidden = torch.where(mask[:, None], p.hidden.detach(), torch.nan)
+    p.temperature[~mask] = torch.nan
+    p.ids[~mask] = -100
+    with OperationRecorder() as seen:
+        out, grads = gradients(linear_logprob, p, d_logp, d_entropy, mask=mask)
+    for actual, expected in zip(out, truth, strict=True):
+        torch.testing.assert_close(actual, torch.where(mask, expected, 0))
+    for actual, expected in zip(grads, true_grads, strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert seen.matrix_flops == 6 * int(mask.sum()) * p.hidden.shape[1] * len(p.weight)
 
 
 def test_tied_weight_adds_both_uses():
@@ -142,7 +200,12 @@ def test_never_holds_all_logits(dtype):
         ({"ids": torch.zeros(2, dtype=torch.int64)}, "ids"),
         ({"chunk_bytes": 0}, "chunk_bytes"),
         ({"temperature": -1.0}, "temperature"),
-        ({"backend": "triton"}, "not available"),
+        ({"softcap": 0.0}, "softcap"),
+        ({"vocab_size": 38}, "vocab_size"),
+        ({"vocab_offset": 3}, "vocab_offset"),
+        ({"mask": torch.ones(3)}, "mask"),
+        ({"ids": torch.full((23,), 37)}, "ids hold 37"),
+        ({"backend": "triton"}, "cannot run"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

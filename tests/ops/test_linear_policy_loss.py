@@ -113,7 +113,8 @@ def test_gradcheck(kind):
     def function(hidden, weight, bias):
         return run(p, head, cfg, (hidden, weight, bias), selected=selected).loss
 
-    assert torch.autograd.gradcheck(function, tuple(leaves(head)))
+    # A repeated backward computes the gradients again, with other roundings.
+    assert torch.autograd.gradcheck(function, tuple(leaves(head)), nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["ppo", "clip_cov", "gspo"])
@@ -192,7 +193,7 @@ def test_path_for_devices_never_waits_and_gives_the_same(kind, monkeypatch):
     head.hidden[~p.mask] = torch.nan
     head.temperature[~p.mask] = torch.nan
     head.ids[~p.mask] = -100
-    for module in ("linear_logprob.head", "linear_policy_loss.op"):
+    for module in ("checks", "linear_logprob.plan", "linear_logprob.rows", "linear_policy_loss.op"):
         monkeypatch.setattr(sys.modules[f"spear_kernels.{module}"], "host_may_wait", lambda tensor: False)
     inputs = leaves(head)
     with OperationRecorder() as seen:
@@ -333,7 +334,7 @@ def test_never_holds_all_logits(kind):
     ("change", "message"),
     [
         ({"chunk_bytes": 0}, "chunk_bytes"),
-        ({"backend": "triton"}, "not available"),
+        ({"backend": "triton"}, "cannot run"),
         ({"selected": torch.zeros(NUM_ROWS, dtype=torch.bool)}, "selected"),
         ({"row_weight": torch.zeros(3)}, "row_weight"),
         ({"ref_logp": None}, "ref_logp"),

@@ -178,6 +178,38 @@ def test_backward_leaves_the_logits_alone():
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("temperature", [0.7, torch.linspace(0.5, 2.0, 6, dtype=torch.float64)])
+def test_softcap_and_padded_vocabulary(temperature):
+    logits, ids = random_case(6, 15)
+    ids %= 11
+    logits[:, 11:] = 1e4
+
+    def capped(z, ids, temperature):
+        return logprob(z, ids, temperature, softcap=2.5, vocab_size=11)
+
+    def truth(z, ids, temperature):
+        return logprob_reference(z, ids, temperature, 2.5, 11)
+
+    for actual, exact in zip(capped(logits, ids, temperature), truth(logits, ids, temperature), strict=True):
+        torch.testing.assert_close(actual, exact)
+    grad = gradients(capped, logits, ids, temperature)
+    torch.testing.assert_close(grad, gradients(truth, logits, ids, temperature))
+    assert (grad[:, 11:] == 0).all()
+
+
+def test_gradient_over_the_logits_in_place():
+    logits, ids = random_case(6, 15)
+    truth = gradients(logprob_reference, logits, ids)
+    own = logits.clone().requires_grad_()
+    z = own * 1.0
+    out = logprob(z, ids, inplace_backward=True)
+    (out.logp + out.entropy).sum().backward(retain_graph=True)
+    torch.testing.assert_close(own.grad, truth)
+    assert not torch.equal(z, logits)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.logp.sum().backward()
+
+
 def test_half_precision_logits_are_widened_in_tiles():
     logits, ids = random_case(600, 4001)
     logits = logits.bfloat16()
@@ -192,8 +224,11 @@ def test_half_precision_logits_are_widened_in_tiles():
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": torch.ones(3)}, "temperature"),
         ({"ids": torch.zeros(3, dtype=torch.int64)}, "ids"),
+        ({"ids": torch.full((4,), -100)}, "ids hold -100"),
+        ({"softcap": -1.0}, "softcap"),
+        ({"vocab_size": 6}, "vocab_size"),
         ({"logits": torch.zeros(2, 3, 4)}, "logits"),
-        ({"backend": "triton"}, "not available"),
+        ({"backend": "triton"}, "cannot run"),
         ({"backend": "cuda"}, "unknown"),
     ],
 )

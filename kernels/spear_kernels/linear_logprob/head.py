@@ -1,175 +1,96 @@
-"""The linear head in row chunks: logits of a chunk, and the sums its gradient adds to.
+"""The linear head in row chunks; a chunk of logits is the only thing of width V that exists.
 
-Both linear operators are loops over these steps; a chunk of logits is the only thing of width V that exists.
+Both linear operators are loops over `Head.chunks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
-from spear_kernels.checks import compute_dtype, host_may_wait, require_matrix, require_shape
-from spear_kernels.logprob.rows import RowStatistics, empty_statistics, tile_gradient_, tile_statistics, tiles
-from spear_kernels.logprob.temperature import Temperature
+from spear_kernels.checks import compute_dtype, require_matrix, require_shape
+from spear_kernels.linear_logprob.products import keeps_float32, project
 
-DEFAULT_CHUNK_BYTES = 64 << 20
-# A half-precision head is widened this much at a time, not as a whole.
-WIDEN_BYTES = 32 << 20
+CPU_CHUNK_BYTES = 64 << 20
+DEVICE_CHUNK_BYTES = 1 << 30
 
 
-def check_chunk_bytes(chunk_bytes: int) -> None:
-    """Raise ValueError unless there is room for something."""
+def chunk_budget(chunk_bytes: int | None, device: torch.device) -> int:
+    """The bytes that chunk_bytes means: None is 64 MiB on the CPU, whose products need no more, and else 1 GiB.
+
+    Raises:
+        ValueError: chunk_bytes < 1.
+    """
+    if chunk_bytes is None:
+        return CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
     if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes={chunk_bytes} must be at least 1")
-
-
-def chunks(num_rows: int, width: int, dtype: torch.dtype, chunk_bytes: int) -> Iterator[slice]:
-    """Row ranges of nearly equal length whose [rows, width] logits fit `chunk_bytes` (at least one row each)."""
-    limit = max(1, chunk_bytes // max(1, width * dtype.itemsize))
-    count = -(-num_rows // limit)
-    for index in range(count):
-        yield slice(num_rows * index // count, num_rows * (index + 1) // count)
+        raise ValueError(f"chunk_bytes={chunk_bytes} must be at least 1; None takes the default")
+    return chunk_bytes
 
 
 @dataclass(frozen=True)
 class Head:
-    """weight [V, H] and bias [V] applied in `dtype`, the type of logits and gradients sums."""
+    """The first rows of a head, weight [V, H] and bias [V], and the types it is applied in."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     dtype: torch.dtype
+    """Type of logits, statistics and sums of gradients."""
+    gradient_dtype: torch.dtype
+    """Type of the gradient of the logits: that of the weight where products of it are summed in float32."""
+
+    chunk_width: int
+    """Columns that the size of chunks is reckoned with: the same on all ranks, whose chunks must agree."""
 
     @staticmethod
-    def of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Head:
-        """Check hidden [N, H] against weight [V, H] and bias [V]; raise ValueError if they do not fit."""
-        require_matrix("hidden", hidden)
-        require_matrix("weight", weight)
-        if hidden.shape[1] != weight.shape[1]:
-            raise ValueError(f"hidden is {hidden.shape[1]} wide, weight {weight.shape[1]}; both must be H")
-        require_shape("bias", bias, (len(weight),))
-        return Head(weight.detach(), None if bias is None else bias.detach(), compute_dtype(hidden, weight))
+    def of(
+        hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int, chunk_width: int
+    ) -> Head:
+        """The head without the padding rows from `vocab_size` on, to be applied to hidden [N, H]."""
+        dtype = compute_dtype(hidden, weight)
+        weight = weight.detach()[:vocab_size]
+        gradient_dtype = weight.dtype if keeps_float32(hidden, weight) else dtype
+        return Head(weight, None if bias is None else bias.detach()[:vocab_size], dtype, gradient_dtype, chunk_width)
 
     @property
-    def vocab_size(self) -> int:
-        """Rows V of the weight."""
+    def width(self) -> int:
+        """Columns V of the logits."""
         return len(self.weight)
 
-    def buffer(self, num_rows: int, chunk_bytes: int) -> torch.Tensor:
-        """Storage for the logits of the largest chunk, [rows, V]."""
-        rows = max((c.stop - c.start for c in chunks(num_rows, self.vocab_size, self.dtype, chunk_bytes)), default=0)
-        return torch.empty(rows, self.vocab_size, dtype=self.dtype, device=self.weight.device)
+    def chunks(self, start: int, stop: int, chunk_bytes: int) -> list[slice]:
+        """Row ranges of nearly equal length from start to stop whose logits fit `chunk_bytes`, at least one row each.
 
-    def logits(self, x: torch.Tensor, temperature: Temperature, buffer: torch.Tensor) -> torch.Tensor:
-        """(x @ weight.T + bias) / temperature for x [n, H] in `dtype`, written to the first n rows of `buffer`."""
-        z = buffer[: len(x)]
-        for columns, weight in self._blocks():
-            torch.mm(x, weight.t(), out=z[:, columns])
-        if self.bias is not None:
-            z.add_(self.bias)
-        return temperature.scale_(z)
-
-    def hidden_gradient(self, dz: torch.Tensor) -> torch.Tensor:
-        """dz @ weight, [n, H] in `dtype`."""
-        total = torch.zeros(len(dz), self.weight.shape[1], dtype=self.dtype, device=dz.device)
-        for columns, weight in self._blocks():
-            total.addmm_(dz[:, columns], weight)
-        return total
-
-    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        if self.weight.dtype == self.dtype:
-            yield slice(None), self.weight
-            return
-        for columns in chunks(self.vocab_size, self.weight.shape[1], self.dtype, WIDEN_BYTES):
-            yield columns, self.weight[columns].to(self.dtype)
-
-
-def logits_statistics(z: torch.Tensor, ids: torch.Tensor) -> RowStatistics:
-    """Statistics of scaled logits z [n, V], tile by tile."""
-    stats = empty_statistics(len(z), z, z.dtype)
-    for rows in tiles(len(z), z.shape[1], z.dtype, z.device):
-        stats.store(rows, tile_statistics(z[rows], ids[rows]))
-    return stats
-
-
-@dataclass
-class GradientSums:
-    """Gradients of hidden (float type of `hidden`), weight and bias (float32 or float64); None where not wanted."""
-
-    head: Head
-    hidden: torch.Tensor | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-
-    @staticmethod
-    def zeros(head: Head, hidden: torch.Tensor, wanted: tuple[bool, bool, bool]) -> GradientSums:
-        """Zero sums for those of (hidden, weight, bias) that are `wanted`."""
-        like = {"dtype": head.dtype, "device": hidden.device}
-        return GradientSums(
-            head,
-            torch.zeros_like(hidden) if wanted[0] else None,
-            torch.zeros(head.weight.shape, **like) if wanted[1] else None,
-            torch.zeros(head.vocab_size, **like) if wanted[2] else None,
-        )
-
-    def add(
-        self,
-        rows: slice,
-        x: torch.Tensor,
-        z: torch.Tensor,
-        ids: torch.Tensor,
-        stats: RowStatistics,
-        d_logp: torch.Tensor,
-        d_entropy: torch.Tensor | None,
-    ) -> None:
-        """Add a chunk: x [n, H] and scaled logits z [n, V] (destroyed), coefficients [n] per unit of scaled logit.
-
-        `rows` are the chunk's places in `hidden`. On the CPU, rows whose coefficients are zero are squeezed out
-        before the matrix products; elsewhere counting them would make the host wait, so they pass through as zeros.
+        A separate matrix for the gradient counts too.
         """
-        live = live_rows(d_logp, d_entropy)
-        dz = _gradient_of_live_rows(z, ids, stats, d_logp, d_entropy, live)
-        if live is not None:
-            x = x[live]
-        if self.hidden is not None:
-            d_hidden = self.head.hidden_gradient(dz).to(self.hidden.dtype)
-            if live is None:
-                self.hidden[rows] = d_hidden
-            else:
-                self.hidden[rows].index_copy_(0, live, d_hidden)
-        if self.weight is not None:
-            self.weight.addmm_(dz.t(), x)
-        if self.bias is not None:
-            self.bias.add_(dz.sum(0))
+        per_logit = self.dtype.itemsize + (self.gradient_dtype.itemsize if self.splits_gradient else 0)
+        limit = max(1, chunk_bytes // max(1, self.chunk_width * per_logit))
+        count = max(1, -(-(stop - start) // limit))
+        ends = [start + (stop - start) * index // count for index in range(count + 1)]
+        return [slice(first, last) for first, last in pairwise(ends)]
+
+    @property
+    def splits_gradient(self) -> bool:
+        """Whether the gradient of the logits needs a matrix of its own, being of another type."""
+        return self.gradient_dtype != self.dtype
+
+    def buffer(self, num_rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Unwritten [num_rows, V]."""
+        return torch.empty(num_rows, self.width, dtype=dtype or self.dtype, device=self.weight.device)
+
+    def logits(self, x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        """x @ weight.T + bias for x [n, H], written to the first n rows of `buffer`."""
+        z = buffer[: len(x)]
+        project(x, self.weight, z)
+        return z if self.bias is None else z.add_(self.bias)
 
 
-def live_rows(d_logp: torch.Tensor, d_entropy: torch.Tensor | None) -> torch.Tensor | None:
-    """Indices of rows with a coefficient other than zero, or None when all rows are kept (always, off the CPU)."""
-    if not host_may_wait(d_logp):
-        return None
-    alive = d_logp != 0
-    if d_entropy is not None:
-        alive |= d_entropy != 0
-    live = alive.nonzero()[:, 0]
-    return None if len(live) == len(alive) else live
-
-
-def _gradient_of_live_rows(
-    z: torch.Tensor,
-    ids: torch.Tensor,
-    stats: RowStatistics,
-    d_logp: torch.Tensor,
-    d_entropy: torch.Tensor | None,
-    live: torch.Tensor | None,
-) -> torch.Tensor:
-    """Gradient rows of `live`, moved to the front of z; the result is a view of z."""
-    num_live = len(z) if live is None else len(live)
-    for place in tiles(num_live, z.shape[1], z.dtype, z.device):
-        rows = place if live is None else live[place]
-        part = None if d_entropy is None else d_entropy[rows]
-        # Indices ascend, so a row moves forward onto rows already read.
-        dz = tile_gradient_(z[rows], ids[rows], stats.rows(rows), d_logp[rows], part)
-        if live is not None:
-            z[place] = dz
-    return z[:num_live]
+def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor) -> None:
+    """Raise ValueError unless hidden [N, H], weight [V, H], bias [V] and ids [N] fit each other."""
+    require_matrix("hidden", hidden)
+    require_matrix("weight", weight)
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden is {hidden.shape[1]} wide, weight {weight.shape[1]}; both must be H")
+    require_shape("bias", bias, (len(weight),))
+    require_shape("ids", ids, (len(hidden),))

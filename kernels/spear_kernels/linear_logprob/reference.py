@@ -14,6 +14,9 @@ def linear_logprob_reference(
     ids: torch.Tensor,
     temperature: float | torch.Tensor = 1.0,
     bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
 ) -> LogProbs:
     """hidden [N, H], weight [V, H], bias [V], ids int64 [N]; every step in the type of the inputs, holds [N, V]."""
-    return logprob_reference(torch.nn.functional.linear(hidden, weight, bias), ids, temperature)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return logprob_reference(logits, ids, temperature, softcap, vocab_size)

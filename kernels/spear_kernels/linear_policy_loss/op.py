@@ -1,142 +1,166 @@
-"""`linear_policy_loss`: loss, metrics and gradients from hidden states in one sweep over row chunks, 6 NVH FLOPs.
-
-For a loss that is local to tokens the coefficient of a row is known as soon as its log-prob is, so its logits are
-turned into their gradient while they are at hand, instead of being computed again in the backward pass.
-"""
+"""`linear_policy_loss`: loss, metrics and gradients from hidden states in one sweep over row chunks, 6 NVH FLOPs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from spear_kernels.backend import resolve_backend
-from spear_kernels.checks import host_may_wait, require_shape
-from spear_kernels.gradient import attach_gradient
-from spear_kernels.linear_logprob import DEFAULT_CHUNK_BYTES, linear_logprob
-from spear_kernels.linear_logprob.head import GradientSums, Head, check_chunk_bytes, chunks, logits_statistics
-from spear_kernels.logprob.temperature import Temperature
+from spear_kernels.checks import compute_dtype, host_may_wait
+from spear_kernels.cov_select.op import all_rows
+from spear_kernels.linear_logprob import linear_logprob
+from spear_kernels.linear_logprob.head import check_head, chunk_budget
+from spear_kernels.linear_logprob.op import head_settings
+from spear_kernels.linear_policy_loss.library import Swept, linear_policy_sweep
+from spear_kernels.logprob.scaling import Scaling
 from spear_kernels.policy_loss.config import PolicyLossConfig
 from spear_kernels.policy_loss.inputs import Count, PolicyBatch, TokenInputs
-from spear_kernels.policy_loss.op import loss_and_terms, policy_loss
-from spear_kernels.policy_loss.terms import token_terms
-from spear_kernels.results import LinearPolicyLossResult, LogProbs
+from spear_kernels.policy_loss.metrics import QUANTILES, covariance_quantiles
+from spear_kernels.policy_loss.op import policy_loss
+from spear_kernels.results import LinearPolicyLossResult, LogProbs, PolicyLossResult
+from spear_kernels.vocab_parallel import VocabShard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
-class _HeadProblem:
-    """What produces the logits of the rows at hand: hidden [N, H], weight [V, H], bias [V], ids int64 [N]."""
+class _Head:
+    """What produces the logits: hidden [N, H], weight [V, H], bias [V], ids int64 [N], and how."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
     ids: torch.Tensor
-    temperature: Temperature
-    chunk_bytes: int
+    temperature: float | torch.Tensor
+    softcap: float | None
+    vocab_size: int | None
+    group: ProcessGroup | None
+    vocab_offset: int | None
+    chunk_bytes: int | None
+    backend: str
 
     @property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return self.hidden, self.weight, self.bias
+    def dtype(self) -> torch.dtype:
+        """Type of log-probs."""
+        return compute_dtype(self.hidden, self.weight)
 
-    def wanted(self) -> tuple[bool, bool, bool]:
-        """Which inputs want a gradient in the present grad mode."""
+    def wanted(self) -> list[bool]:
+        """Which of hidden, weight and bias want a gradient in the present grad mode."""
         if not torch.is_grad_enabled():
-            return False, False, False
-        hidden, weight, bias = (tensor is not None and tensor.requires_grad for tensor in self.inputs)
-        return hidden, weight, bias
+            return [False] * 3
+        inputs = self.hidden, self.weight, self.bias
+        return [tensor is not None and tensor.requires_grad for tensor in inputs]
 
-    def logprob(self) -> LogProbs:
-        """Differentiable log-probs and entropies of all rows."""
+    def logprob(self, mask: torch.Tensor | None) -> LogProbs:
+        """Differentiable log-probs and entropies, 0 where mask [N] is False."""
         return linear_logprob(
             self.hidden,
             self.weight,
             self.ids,
-            self.temperature.value,
+            self.temperature,
             bias=self.bias,
+            mask=mask,
+            softcap=self.softcap,
+            vocab_size=self.vocab_size,
+            group=self.group,
+            vocab_offset=self.vocab_offset,
             chunk_bytes=self.chunk_bytes,
+            backend=self.backend,
         )
 
-    def active(self, mask: torch.Tensor) -> tuple[_HeadProblem, torch.Tensor | None]:
-        """The problem of the rows where mask is True, and their indices; None if all rows are kept.
-
-        Off the CPU the number of active rows is not known to the host: rows are neutralised and not removed.
-        """
-        if not host_may_wait(mask):
-            hidden, ids = self.hidden.masked_fill(~mask[:, None], 0), torch.where(mask, self.ids, 0)
-            return replace(self, hidden=hidden, ids=ids, temperature=self.temperature.where(mask)), None
-        rows = mask.nonzero()[:, 0]
-        if len(rows) == len(mask):
-            return self, None
-        part = replace(self, hidden=self.hidden[rows], ids=self.ids[rows], temperature=self.temperature.rows(rows))
-        return part, rows
-
-
-def _one_shot(
-    problem: _HeadProblem, inputs: TokenInputs, cfg: PolicyLossConfig, wanted: tuple[bool, bool, bool]
-) -> tuple[LogProbs, GradientSums]:
-    """Log-probs and entropies [N], and the gradients of the loss in hidden, weight and bias."""
-    head = Head.of(*problem.inputs)
-    num_rows = len(problem.ids)
-    sums = GradientSums.zeros(head, problem.hidden, wanted)
-    logp, entropy = (torch.empty(num_rows, dtype=head.dtype, device=problem.hidden.device) for _ in range(2))
-    buffer = head.buffer(num_rows, problem.chunk_bytes)
-    for rows in chunks(num_rows, head.vocab_size, head.dtype, problem.chunk_bytes):
-        x, ids, temperature = problem.hidden[rows].to(head.dtype), problem.ids[rows], problem.temperature.rows(rows)
-        z = head.logits(x, temperature, buffer)
-        stats = logits_statistics(z, ids)
-        logp[rows], entropy[rows] = stats.logp, stats.entropy
-        if any(wanted):
-            terms = token_terms(stats.logp, inputs.rows(rows), cfg)
-            d_entropy = None if terms.d_entropy is None else temperature.scale(terms.d_entropy)
-            sums.add(rows, x, z, ids, stats, temperature.scale(terms.d_logp), d_entropy)
-    return LogProbs(logp, entropy), sums
+    def sweep(
+        self, mask: torch.Tensor | None, live: torch.Tensor | None, inputs: TokenInputs, cfg: PolicyLossConfig
+    ) -> Swept:
+        """Log-probs, entropies and gradients in one go."""
+        width = len(self.weight)
+        shard = VocabShard.of(self.group, self.vocab_offset, width)
+        scaling = Scaling.of(self.temperature, self.softcap, self.vocab_size, len(self.ids), width, self.dtype, shard)
+        budget = chunk_budget(self.chunk_bytes, self.hidden.device)
+        settings = head_settings(scaling, shard, budget, resolve_backend(self.backend, self.hidden, self.weight))
+        swept = linear_policy_sweep(
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.ids,
+            mask,
+            *settings,
+            live,
+            inputs.old_logp,
+            inputs.advantages,
+            inputs.mask,
+            inputs.aggregation_weight,
+            inputs.row_weight,
+            inputs.ref_logp,
+            inputs.selected,
+            cfg.kind,
+            cfg.aggregation,
+            cfg.kl_kind,
+            cfg.numbers(),
+            self.wanted(),
+        )
+        return Swept(*swept)
 
 
-def _spread(values: torch.Tensor, rows: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
-    """Put the active rows of `values` back at their places among all, zeros where mask [N] is False."""
-    if rows is None:
-        return values.masked_fill_(~mask.reshape(-1, *(1 for _ in values.shape[1:])), 0)
-    return values.new_zeros(len(mask), *values.shape[1:]).index_copy_(0, rows, values)
+def _host_side_live(batch: PolicyBatch, cfg: PolicyLossConfig) -> torch.Tensor | None:
+    """Rows that may have a gradient, bool [N], if advantages on the CPU say so; None if all may or nobody knows."""
+    has_other_terms = cfg.entropy_coef or cfg.kl_coef or cfg.kind == "kl_cov"
+    if has_other_terms or not host_may_wait(batch.advantages):
+        return None
+    return batch.advantages != 0
 
 
-def _token_local(problem: _HeadProblem, batch: PolicyBatch, cfg: PolicyLossConfig) -> LinearPolicyLossResult:
-    """The one-shot path; a missing covariance choice costs one more forward sweep, 2 NVH."""
-    wanted = problem.wanted()
-    with torch.no_grad():
-        active, rows = problem.active(batch.mask)
-        part, cov = batch if rows is None else batch.take(rows), None
-        if cfg.uses_covariance and batch.selected is None:
-            part, cov = part.with_selection(active.logprob().logp, cfg)
-        inputs = TokenInputs.of(part, cfg, Head.of(*problem.inputs).dtype)
-        (logp, entropy), sums = _one_shot(active, inputs, cfg, wanted)
-        result, _ = loss_and_terms(logp, entropy, part, cfg, cov)
-        d_hidden = None if sums.hidden is None else _spread(sums.hidden, rows, batch.mask)
-        logp, entropy = _spread(logp, rows, batch.mask), _spread(entropy, rows, batch.mask)
-    loss = attach_gradient(result.loss, problem.inputs, (d_hidden, sums.weight, sums.bias))
-    return LinearPolicyLossResult(loss, result.metrics, logp, entropy)
-
-
-def _sequence_level(problem: _HeadProblem, batch: PolicyBatch, cfg: PolicyLossConfig) -> LinearPolicyLossResult:
-    """GSPO: a token's coefficient depends on its whole sequence, so logits are recomputed in the backward pass."""
-    active, rows = problem.active(batch.mask)
-    part = batch if rows is None else batch.take(rows)
-    logp, entropy = active.logprob()
-    result = policy_loss(
+def _evaluate(
+    logp: torch.Tensor, entropy: torch.Tensor, batch: PolicyBatch, cfg: PolicyLossConfig, backend: str
+) -> PolicyLossResult:
+    return policy_loss(
         logp,
-        part.old_logp,
-        part.advantages,
-        part.mask,
+        batch.old_logp,
+        batch.advantages,
+        batch.mask,
         cfg,
-        part.seq_ids,
+        batch.seq_ids,
         entropy,
-        part.ref_logp,
-        part.row_weight,
-        num_tokens=part.num_tokens,
-        num_seqs=part.num_seqs,
+        batch.ref_logp,
+        batch.row_weight,
+        batch.seed,
+        positions=batch.positions,
+        selected=batch.selected,
+        num_tokens=batch.num_tokens,
+        num_seqs=batch.num_seqs,
+        sampler_logp=batch.sampler_logp,
+        backend=backend,
     )
+
+
+def _token_local(
+    head: _Head, mask: torch.Tensor | None, live: torch.Tensor | None, batch: PolicyBatch, cfg: PolicyLossConfig
+) -> LinearPolicyLossResult:
+    """The one-shot path; a missing covariance choice costs one more forward sweep, 2 NVH."""
+    quantiles = {}
     with torch.no_grad():
-        logp, entropy = _spread(logp.clone(), rows, batch.mask), _spread(entropy.clone(), rows, batch.mask)
-    return LinearPolicyLossResult(result.loss, result.metrics, logp, entropy)
+        if cfg.uses_covariance and batch.selected is None:
+            logp = head.logprob(mask).logp
+            batch, cov = batch.with_selection(logp, cfg)
+            if cov is not None:
+                values = covariance_quantiles(cov, batch.mask, head.dtype)
+                quantiles = dict(zip(QUANTILES, values.unbind(), strict=True))
+        inputs = TokenInputs.of(batch, cfg, head.dtype)
+    swept = head.sweep(mask, live, inputs, cfg)
+    with torch.no_grad():
+        result = _evaluate(swept.logp, swept.entropy, batch, cfg, head.backend)
+    return LinearPolicyLossResult(result.loss + swept.anchor, result.metrics | quantiles, swept.logp, swept.entropy)
+
+
+def _sequence_level(
+    head: _Head, mask: torch.Tensor | None, batch: PolicyBatch, cfg: PolicyLossConfig
+) -> LinearPolicyLossResult:
+    """GSPO: a token's coefficient depends on its whole sequence, so logits are kept or computed again."""
+    logp, entropy = head.logprob(mask)
+    result = _evaluate(logp, entropy, batch, cfg, head.backend)
+    return LinearPolicyLossResult(result.loss, result.metrics, logp.detach(), entropy.detach())
 
 
 def linear_policy_loss(
@@ -145,7 +169,7 @@ def linear_policy_loss(
     ids: torch.Tensor,
     old_logp: torch.Tensor,
     advantages: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     cfg: PolicyLossConfig,
     seq_ids: torch.Tensor | None = None,
     temperature: float | torch.Tensor = 1.0,
@@ -158,32 +182,56 @@ def linear_policy_loss(
     selected: torch.Tensor | None = None,
     num_tokens: Count | None = None,
     num_seqs: Count | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    sampler_logp: torch.Tensor | None = None,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_offset: int | None = None,
+    chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> LinearPolicyLossResult:
     """`policy_loss` of the log-probs that hidden states and a head give to `ids`, differentiable in the head's inputs.
 
-    hidden [N, H], weight [V, H], bias [V], any float type; ids int64 [N]; temperature a number or [N]; the other
-    arguments as in `policy_loss`. Rows with mask False are never multiplied (CPU) and may hold anything, also NaN.
-    Result: `policy_loss`'s loss and metrics, and detached logp, entropy [N], 0 where masked out.
+    hidden [N, H], weight [V, H], bias [V], any float type; ids int64 [N]; temperature, softcap, vocab_size, group,
+    vocab_offset and chunk_bytes as in `linear_logprob` (here one all-gather per chunk), the other arguments as in
+    `policy_loss`. Result: `policy_loss`'s loss and metrics, and detached logp, entropy [N], 0 where masked out. Rows
+    with mask False may hold anything, also NaN.
+
+    What never costs a product: rows that `mask` leaves out, and in the backward products rows whose coefficient is 0
+    (zero advantage, clipped, dropped by Clip-Cov). On the CPU all of that is seen. On a device the host does not
+    wait: leave mask and advantages on the CPU, where they were made, and both are planned before any launch; with
+    mask or advantages on the device, the Triton backend counts rows there and its products stop at the count.
 
     FLOPs with N action tokens, of which a share g has a gradient: (2 + 4 g) NVH for a token-local loss; 2 NVH more
-    when Clip-Cov or KL-Cov must choose its tokens here because `selected` is None; (4 + 4 g) NVH for "gspo". A frozen
-    weight saves 2 g NVH, no gradient wanted leaves 2 NVH. Gradients are computed in the forward call and kept: the
-    size of hidden, and of weight in float32. Beyond them at most `chunk_bytes` of logits exist.
+    when Clip-Cov or KL-Cov must choose its tokens here because `selected` is None; for "gspo", whose coefficients need
+    whole sequences, the costs of `linear_logprob`. A frozen weight saves 2 g NVH, no gradient wanted leaves 2 NVH.
+    Gradients are computed in the forward call and kept: the size of hidden, and of weight in float32. The first
+    backward scales and hands them over; another one (retain_graph) computes them again.
 
     Raises:
-        ValueError: wrong shape, an argument that `cfg` needs is missing, temperature <= 0, chunk_bytes < 1, or a
-            backend that is not available.
+        ValueError: wrong shape, an argument that `cfg` needs is missing, an argument out of range, or a backend that
+            cannot run here.
     """
-    resolve_backend(backend)
-    dtype = Head.of(hidden, weight, bias).dtype
-    require_shape("ids", ids, (len(hidden),))
-    check_chunk_bytes(chunk_bytes)
-    batch = PolicyBatch(
-        old_logp, advantages, mask, seq_ids, ref_logp, row_weight, positions, selected, num_tokens, num_seqs, seed
-    ).check(len(hidden), cfg, has_entropy=True)
-    scale = Temperature.of(temperature, len(hidden), dtype)
-    problem = _HeadProblem(hidden, weight, bias, ids.long(), scale, chunk_bytes)
-    run = _sequence_level if cfg.kind == "gspo" else _token_local
-    return run(problem, batch, cfg)
+    check_head(hidden, weight, bias, ids)
+    mask = None if mask is None else mask.bool()
+    given = PolicyBatch(
+        old_logp,
+        advantages,
+        all_rows(mask, old_logp),
+        seq_ids,
+        ref_logp,
+        row_weight,
+        positions,
+        selected,
+        num_tokens,
+        num_seqs,
+        seed,
+        sampler_logp,
+    )
+    batch = given.check(len(hidden), cfg, has_entropy=True, device=hidden.device)
+    head = _Head(
+        hidden, weight, bias, ids.long(), temperature, softcap, vocab_size, group, vocab_offset, chunk_bytes, backend
+    )
+    if cfg.kind == "gspo":
+        return _sequence_level(head, mask, batch, cfg)
+    return _token_local(head, mask, _host_side_live(given, cfg), batch, cfg)

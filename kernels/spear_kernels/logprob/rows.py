@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+from spear_kernels.logprob.scaling import Scaling
 
 # Tiles of this size stay in a core's cache, so the passes over a tile after the first cost no memory traffic.
 CPU_TILE_BYTES = 1 << 20
 DEVICE_TILE_BYTES = 256 << 20
 # exp(-1000) is 0 in float64 too, so flooring changes no probability and keeps 0 * -inf out of the entropy.
 FLOOR = -1000.0
+
+Coefficients = tuple[torch.Tensor, torch.Tensor | None]
+"""Derivatives of a loss in logp and entropy, [n] each; None for an entropy that it does not read."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +28,14 @@ class RowStatistics:
     peak: torch.Tensor  # [n], largest logit
     log_total: torch.Tensor  # [n], log of sum exp(z - peak), between 0 and log V
 
+    @staticmethod
+    def of(table: torch.Tensor) -> RowStatistics:
+        """The columns of a table [4, n]."""
+        return RowStatistics(*table.unbind())
+
     def rows(self, rows: slice | torch.Tensor) -> RowStatistics:
         """The statistics of some rows."""
         return RowStatistics(self.logp[rows], self.entropy[rows], self.peak[rows], self.log_total[rows])
-
-    def store(self, rows: slice, part: RowStatistics) -> None:
-        """Write the statistics of `rows`."""
-        self.logp[rows] = part.logp
-        self.entropy[rows] = part.entropy
-        self.peak[rows] = part.peak
-        self.log_total[rows] = part.log_total
-
-
-def empty_statistics(num_rows: int, like: torch.Tensor, dtype: torch.dtype) -> RowStatistics:
-    """Unwritten statistics of `num_rows` rows on the device of `like`."""
-    return RowStatistics(*(torch.empty(num_rows, dtype=dtype, device=like.device) for _ in range(4)))
 
 
 def tiles(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
@@ -48,35 +46,101 @@ def tiles(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -
         yield slice(start, min(start + step, num_rows))
 
 
-def tile_statistics(z: torch.Tensor, ids: torch.Tensor) -> RowStatistics:
-    """Statistics of one tile z [n, V] of scaled logits (left unchanged) and ids int64 [n]."""
-    peak = z.amax(1, keepdim=True)
-    shifted = (z - peak).clamp_(min=FLOOR)
-    weights = shifted.exp()
-    total = weights.sum(1)
+def tile_partials_(z: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial statistics [4, n] of one tile of scaled logits z [n, V], and its softmax [n, V]; z becomes z - peak.
+
+    The four are peak, total = sum exp(z - peak), weighted = sum exp(z - peak) (z - peak) and the logit of the token;
+    an id outside 0..V-1 belongs to another shard of the vocabulary and has logit -inf here.
+    """
+    target = target_logit(z, ids)
+    if z.shape[1] == 0:
+        return torch.stack([target, torch.zeros_like(target), torch.zeros_like(target), target]), z
+    peak = z.amax(1)
+    nothing = peak == -torch.inf
+    z.sub_(torch.where(nothing, 0, peak)[:, None]).clamp_(min=FLOOR)
+    probability = torch.softmax(z, 1)
+    # The largest probability is exp(0) / total.
+    total = torch.where(nothing, 0, probability.amax(1).reciprocal_())
+    weighted = torch.linalg.vecdot(probability, z) * total
+    return torch.stack([peak, total, weighted, target]), probability
+
+
+def target_logit(z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """z[n, ids[n]] as [n], -inf where the id is none of the columns."""
+    if z.shape[1] == 0:
+        return torch.full_like(ids, -torch.inf, dtype=z.dtype)
+    inside, column = _columns(z, ids)
+    return torch.where(inside, z.gather(1, column[:, None])[:, 0], -torch.inf)
+
+
+def combine(partials: torch.Tensor) -> torch.Tensor:
+    """Statistics [4, n] (logp, entropy, peak, log_total) from the partials [S, 4, n] of S parts of the vocabulary."""
+    peaks, totals, weighted, targets = partials.unbind(1)
+    peak = peaks.amax(0)
+    # A part without any finite logit has total 0; its distance to the peak must not become 0 * inf.
+    distance = torch.where(peaks == -torch.inf, 0, peaks - peak)
+    share = distance.exp()
+    total = (totals * share).sum(0)
     log_total = total.log()
-    entropy = log_total - weights.mul_(shifted).sum(1) / total
-    peak = peak[:, 0]
-    logp = z.gather(1, ids[:, None])[:, 0] - peak - log_total
-    return RowStatistics(logp, entropy, peak, log_total)
+    entropy = log_total - ((weighted + distance * totals) * share).sum(0) / total
+    return torch.stack([targets.amax(0) - peak - log_total, entropy, peak, log_total])
+
+
+def tile_statistics(z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Statistics [4, n] of one tile of scaled logits z [n, V], which is destroyed."""
+    return combine(tile_partials_(z, ids)[0][None])
 
 
 def tile_gradient_(
-    z: torch.Tensor, ids: torch.Tensor, stats: RowStatistics, d_logp: torch.Tensor, d_entropy: torch.Tensor | None
+    z: torch.Tensor, ids: torch.Tensor, stats: RowStatistics, coefficients: Coefficients, scaling: Scaling
 ) -> torch.Tensor:
-    """Overwrite scaled logits z [n, V] by the gradient of sum(d_logp * logp + d_entropy * entropy).
+    """Overwrite scaled logits z [n, V] by the gradient of sum(d_logp * logp + d_entropy * entropy) in raw logits.
 
-    dz = a p - b onehot + g p (log p + entropy) with a = b = -d_logp and g = -d_entropy, both [n]; log p = z - peak -
-    log_total, so a row needs two scalars: dz = exp(z - peak) * (offset + slope * (z - peak)).
+    dz = a p - b onehot + g p (log p + entropy) with a = b = -d_logp and g = -d_entropy, both [n].
     """
-    inverse_total = torch.exp(-stats.log_total)
-    z.sub_(stats.peak[:, None])
+    slope = scaling.slope(z)
+    shifted = z.sub_(stats.peak[:, None]).clamp_(min=FLOOR)
+    probability = shifted.exp().mul_(torch.exp(-stats.log_total)[:, None])
+    return _gradient_(shifted, probability, ids, stats, coefficients, scaling, slope)
+
+
+def tile_sweep_(
+    z: torch.Tensor, ids: torch.Tensor, scaling: Scaling, loss: Callable[[torch.Tensor], Coefficients]
+) -> torch.Tensor:
+    """Overwrite scaled logits z [n, V] by the gradient of a loss whose coefficients `loss` gives for logp [n].
+
+    Returns the statistics [4, n]. One exponential per logit serves the statistics and the gradient.
+    """
+    slope = scaling.slope(z)
+    partials, probability = tile_partials_(z, ids)
+    table = combine(partials[None])
+    _gradient_(z, probability, ids, RowStatistics.of(table), loss(table[0]), scaling, slope)
+    return table
+
+
+def _gradient_(
+    shifted: torch.Tensor,
+    probability: torch.Tensor,
+    ids: torch.Tensor,
+    stats: RowStatistics,
+    coefficients: Coefficients,
+    scaling: Scaling,
+    slope: torch.Tensor | None,
+) -> torch.Tensor:
+    """The gradient in raw logits, written over z - peak [n, V]; log p is that less log_total."""
+    d_logp, d_entropy = (None if part is None else scaling.per_unit(part) for part in coefficients)
+    assert d_logp is not None
     if d_entropy is None:
-        z.exp_().mul_((-d_logp * inverse_total)[:, None])
+        torch.mul(probability, -d_logp[:, None], out=shifted)
     else:
-        z.clamp_(min=FLOOR)
-        weights = z.exp()
-        slope = -d_entropy * inverse_total
-        offset = -d_logp * inverse_total + slope * (stats.entropy - stats.log_total)
-        z.mul_(slope[:, None]).add_(offset[:, None]).mul_(weights)
-    return z.scatter_add_(1, ids[:, None], d_logp[:, None].to(z.dtype))
+        offset = -d_logp - d_entropy * (stats.entropy - stats.log_total)
+        shifted.mul_(-d_entropy[:, None]).add_(offset[:, None]).mul_(probability)
+    if shifted.shape[1]:
+        inside, column = _columns(shifted, ids)
+        shifted.scatter_add_(1, column[:, None], torch.where(inside, d_logp, 0)[:, None])
+    return shifted if slope is None else shifted.mul_(slope)
+
+
+def _columns(z: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each id is a column of z, and a column that exists in any case."""
+    return (ids >= 0) & (ids < z.shape[1]), ids.clamp(0, z.shape[1] - 1)

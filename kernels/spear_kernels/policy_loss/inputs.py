@@ -129,7 +129,7 @@ class TokenInputs:
             tis_clipped,
         )
 
-    def rows(self, rows: slice) -> TokenInputs:
+    def rows(self, rows: slice | torch.Tensor) -> TokenInputs:
         """The inputs of some rows."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: tensor[rows] for name, tensor in parts.items() if tensor is not None})

@@ -1,0 +1,57 @@
+"""Which rows enter the head, decided before any product; only what lies on the host can be looked at for free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spear_kernels.checks import host_may_wait
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """The rows that enter the head and their order.
+
+    Example: mask [T, F, T, T] and live [T, T, F, T] give index [0, 3, 2] with num_live 2: row 1 never enters, and the
+    backward products leave out row 2.
+    """
+
+    num_rows: int
+    """Rows there are, N."""
+    index: torch.Tensor | None
+    """Places of the rows that enter, int64 [n]; None: all of them in order."""
+    num_live: int
+    """The first `num_live` of those may have a gradient."""
+    unknown: torch.Tensor | None
+    """bool [N] on the device, False for rows that count for nothing but that the host does not know."""
+
+    @staticmethod
+    def of(mask: torch.Tensor | None, live: torch.Tensor | None, num_rows: int, device: torch.device) -> RowPlan:
+        """Plan for mask bool [N] and rows whose gradient may be other than zero, live bool [N]; None means all.
+
+        Masks on the CPU are read, those on another device are not.
+        """
+        if mask is not None and not host_may_wait(mask):
+            return RowPlan(num_rows, None, num_rows, mask)
+        if live is not None and not host_may_wait(live):
+            live = None
+        if mask is None and live is None:
+            return RowPlan(num_rows, None, num_rows, None)
+        entering = torch.ones(num_rows, dtype=torch.bool) if mask is None else mask
+        first = entering if live is None else entering & live
+        index = torch.cat([first.nonzero()[:, 0], (entering & ~first).nonzero()[:, 0]])
+        num_live = int(first.sum())
+        if num_live == num_rows:
+            return RowPlan(num_rows, None, num_rows, None)
+        return RowPlan(num_rows, index.to(device, non_blocking=True), num_live, None)
+
+    def spread(self, values: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Values of the rows that enter, along `dim`, at their places among all N rows; zeros elsewhere."""
+        dim %= values.dim()
+        if self.index is not None:
+            shape = (*values.shape[:dim], self.num_rows, *values.shape[dim + 1 :])
+            return values.new_zeros(shape).index_copy_(dim, self.index, values)
+        if self.unknown is None:
+            return values
+        return torch.where(self.unknown.reshape(-1, *(1,) * (values.dim() - 1 - dim)), values, 0)

@@ -1,0 +1,78 @@
+"""The gradients behind a head as sums over chunks of rows, in float32 or float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spear_kernels.linear_logprob.head import Head
+from spear_kernels.linear_logprob.products import add_outer_, project_back
+from spear_kernels.logprob.rows import tiles
+from spear_kernels.vocab_parallel import VocabShard
+
+Rows = slice | torch.Tensor
+"""Some rows: a range, or their places int64 [n]."""
+Wanted = tuple[bool, bool, bool]
+"""Whether hidden, weight and bias want a gradient."""
+
+
+@dataclass
+class GradientSums:
+    """Gradients of hidden [N, H], weight [V, H] and bias [V]; None where not wanted."""
+
+    head: Head
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @staticmethod
+    def zeros(
+        head: Head, hidden: torch.Tensor, weight: torch.Tensor, shard: VocabShard, wanted: Wanted
+    ) -> GradientSums:
+        """Zero sums of what is `wanted`; `weight` may have padding rows that `head` has not, which stay zero.
+
+        The part of a shard in the gradient of hidden is not rounded to the type of hidden before all are added.
+        """
+        like = {"dtype": head.dtype, "device": hidden.device}
+        hidden_dtype = hidden.dtype if shard.is_whole else head.dtype
+        return GradientSums(
+            head,
+            torch.zeros(hidden.shape, dtype=hidden_dtype, device=hidden.device) if wanted[0] else None,
+            torch.zeros(weight.shape, **like) if wanted[1] else None,
+            torch.zeros(len(weight), **like) if wanted[2] else None,
+        )
+
+    @property
+    def any_wanted(self) -> bool:
+        """Whether there is anything to sum."""
+        return not (self.hidden is None and self.weight is None and self.bias is None)
+
+    def add(self, rows: Rows, x: torch.Tensor, dz: torch.Tensor) -> None:
+        """Add a chunk: hidden states x [n, H] of `rows` and the gradient dz [n, V] of their logits."""
+        width = self.head.width
+        if self.hidden is not None:
+            d_hidden = project_back(dz, self.head.weight, self.hidden.dtype).to(self.hidden.dtype)
+            if isinstance(rows, slice):
+                self.hidden[rows] = d_hidden
+            else:
+                self.hidden.index_copy_(0, rows, d_hidden)
+        if self.weight is not None:
+            add_outer_(self.weight[:width], dz, x)
+        if self.bias is not None:
+            self.bias[:width].add_(dz.sum(0, dtype=self.bias.dtype))
+
+    def add_live(self, rows: slice, x: torch.Tensor, dz: torch.Tensor, live: torch.Tensor | None) -> None:
+        """`add` of the rows `live`, ascending places int64 in the chunk; their gradients move to the front of dz."""
+        if live is None:
+            self.add(rows, x, dz)
+            return
+        for place in tiles(len(live), dz.shape[1], dz.dtype, dz.device):
+            # Places ascend, so a row moves forward onto rows already read.
+            dz[place] = dz[live[place]]
+        self.add(live + rows.start, x[live], dz[: len(live)])
+
+    def finish(self, hidden: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor | None, ...]:
+        """The sums over all shards, the one of hidden in the type of `hidden`."""
+        total = None if self.hidden is None else shard.sum_(self.hidden).to(hidden.dtype)
+        return total, self.weight, self.bias

@@ -1,0 +1,88 @@
+"""Statistics of a vocabulary that is spread over the ranks of a process group: one small all-gather."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's columns `offset` .. `offset + width - 1` of the vocabulary; an empty `group` means all columns."""
+
+    group: str = ""
+    """Name of the process group, which is what operators of a compiled graph can carry."""
+    offset: int = 0
+    even: bool = True
+    """Whether all ranks hold the same number of columns, padding included."""
+
+    @staticmethod
+    def of(group: ProcessGroup | None, vocab_offset: int | None, width: int) -> VocabShard:
+        """The shard of this rank; by default every rank holds `width` columns, in the order of ranks.
+
+        Raises:
+            ValueError: vocab_offset without group, or negative.
+        """
+        if group is None:
+            if vocab_offset is not None:
+                raise ValueError(f"vocab_offset={vocab_offset} has no meaning without group; leave it None")
+            return VocabShard()
+        if vocab_offset is not None and vocab_offset < 0:
+            raise ValueError(f"vocab_offset={vocab_offset} must be >= 0, the first token id of this rank's columns")
+        even = vocab_offset is None
+        return VocabShard(group.group_name, group.rank() * width if vocab_offset is None else vocab_offset, even)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is nobody to share with."""
+        return not self.group
+
+    def local_size(self, vocab_size: int | None, width: int) -> int:
+        """How many of this rank's columns lie below the global vocab_size."""
+        return width if vocab_size is None else min(max(vocab_size - self.offset, 0), width)
+
+    def local_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Column of each global id [N] on this rank; outside its columns if another rank holds it."""
+        return ids - self.offset if self.offset else ids
+
+    def gather(self, partials: torch.Tensor) -> torch.Tensor:
+        """The partial statistics [S, 4, n] of all ranks' parts, one rank after another, from this rank's."""
+        if self.is_whole:
+            return partials
+        import torch.distributed as dist
+
+        group = self._resolve()
+        everyone = partials.new_empty(group.size() * len(partials), *partials.shape[1:])
+        dist.all_gather_into_tensor(everyone, partials.contiguous(), group=group)
+        return everyone
+
+    def widest(self, width: int) -> int:
+        """The largest number of columns of any rank, so that all cut their rows alike; waits if shards are uneven."""
+        if self.is_whole or self.even:
+            return width
+        import torch.distributed as dist
+
+        group = self._resolve()
+        device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+        largest = torch.tensor(width, device=device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        return int(largest)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up `tensor` over the ranks, in place."""
+        if not self.is_whole:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor, group=self._resolve())
+        return tensor
+
+    def _resolve(self) -> ProcessGroup:
+        # The public functions of torch.distributed take no name; its functional collectives resolve it with this one.
+        from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
+
+        return _resolve_process_group(self.group)  # pyright: ignore[reportArgumentType]
