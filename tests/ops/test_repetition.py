@@ -65,11 +65,21 @@ def text(pieces, phrase_length):
 
 
 @settings(max_examples=150)
-@given(PIECES, st.integers(1, 5), st.sampled_from([5, 6, 7, 13, 20, 33]), st.integers(1, 5))
-def test_counts_of_long_runs_in_repetitive_text(pieces, phrase_length, n, enough):
+@given(
+    PIECES,
+    st.integers(1, 5),
+    st.sampled_from([5, 6, 7, 13, 20, 33]),
+    st.integers(1, 5),
+    st.sampled_from([1, 2**20]),
+    st.sampled_from([2**63, 2**16]),
+)
+def test_counts_of_long_runs_in_repetitive_text(pieces, phrase_length, n, enough, scale, keys):
+    """Wide ids and narrow keys (2**16 has room for two names of 196 tokens) take several rounds."""
     ids, sequences, messages = text(pieces, phrase_length)
     expected = max_ngram_counts_reference(ids, sequences, n, num_seqs=3, message_ids=messages)
-    counts = max_ngram_counts(ids, sequences, n, num_seqs=3, message_ids=messages, enough=enough)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["spear_kernels.repetition.op"], "KEYS", keys)
+        counts = max_ngram_counts(ids * scale, sequences, n, num_seqs=3, message_ids=messages, enough=enough)
     assert torch.equal(counts, torch.where(expected >= enough, expected, 0))
 
 
@@ -79,7 +89,7 @@ def device_path(monkeypatch):
     monkeypatch.setattr(sys.modules["spear_kernels.repetition.op"], "host_may_wait", lambda tensor: False)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 6, 20])
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 13, 20])
 def test_without_reading_values_the_counts_are_the_same_and_nothing_waits(device_path, n):
     generator = torch.Generator().manual_seed(n)
     for _ in range(20):
@@ -93,20 +103,16 @@ def test_without_reading_values_the_counts_are_the_same_and_nothing_waits(device
         assert torch.equal(counts, max_ngram_counts_reference(ids, sequences, n, **given_too))
 
 
-def test_keys_of_many_sequences_and_a_large_vocabulary_do_not_overflow():
-    """2**20 sequences and ids up to 2**42 leave room for one token in the first key, ids up to 2**44 for none."""
-    for largest in (2**42 - 1, 2**44 - 1):
-        ids = torch.tensor([largest, 0, largest, 0, largest, 0, 0, largest])
-        sequences = torch.tensor([0, 0, 0, 0, 0, 2**20 - 1, 2**20 - 1, 2**20 - 1])
-        counts = max_ngram_counts(ids, sequences, 2, num_seqs=2**20)
-        assert counts[0] == 2 and counts[-1] == 1 and counts.sum() == 3
-
-
-def test_names_of_many_runs_fit_side_by_side():
-    """More than 2**21 distinct runs: three names no longer fit one key."""
-    ids = torch.arange(2**21 + 5).repeat(2)
-    counts = max_ngram_counts(ids, torch.zeros_like(ids), 5, num_seqs=1)
-    assert counts.tolist() == [2]
+@pytest.mark.parametrize("bits", [21, 22, 32, 42, 43, 44, 62, 63])
+@pytest.mark.parametrize("num_seqs", [1, 2**20])
+def test_keys_of_many_sequences_and_large_ids_do_not_overflow(bits, num_seqs):
+    """Keys have 63 bits for the sequence and as many tokens as fit: three, two, one, or names in their place."""
+    largest = 2**bits - 1
+    ids = torch.tensor([largest, 0] * 3 + [largest - 1] * 4)
+    last = torch.where(ids < 0, 0, num_seqs - 1)
+    assert max_ngram_counts(ids, last, 2, num_seqs=num_seqs)[-1] == 3
+    assert max_ngram_counts(ids, last, 3, num_seqs=num_seqs)[-1] == 2
+    assert max_ngram_counts(ids[:6], last[:6], 4, num_seqs=num_seqs)[-1] == 2
 
 
 @pytest.mark.parametrize("num_tokens", range(12))

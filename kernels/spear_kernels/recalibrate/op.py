@@ -41,8 +41,10 @@ def recalibrate(
     centred = rewards - median_mean
     if median_std is None:
         return centred
-    scale = torch.as_tensor(median_std, dtype=centred.dtype, device=centred.device)
-    return centred / torch.where(scale == 0, 1, scale + STD_EPSILON)
+    if not isinstance(median_std, torch.Tensor):
+        # Filled on the device: copying a number there would make the host wait.
+        median_std = torch.full((), median_std, dtype=centred.dtype, device=centred.device)
+    return centred / torch.where(median_std == 0, 1, median_std + STD_EPSILON)
 
 
 def recalibrated_advantages(
