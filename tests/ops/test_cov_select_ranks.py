@@ -252,7 +252,7 @@ def test_messages_do_not_grow_with_the_rows(ranks):
     for rank in ranks:
         few, many = rank["sent"]
         assert few == many
-        assert sum(few) * 8 < 700 * 1024
+        assert sum(few) * 8 < 600 * 1024
 
 
 def test_nameless_tokens_of_several_ranks_are_refused(ranks):

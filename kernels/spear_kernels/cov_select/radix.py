@@ -13,7 +13,7 @@ import torch
 from spear_kernels.cov_select.ranks import all_sum
 
 _BITS = 13
-"""Five rounds of 64 KiB: on CPU as fast as four of 512 KiB for 1 M rows, and four times faster for 10 k."""
+"""Five rounds of 64 KiB: on CPU as fast as four of 512 KiB for 1 M rows, and faster for 10 k."""
 _DIGITS = ((52, 12), (39, _BITS), (26, _BITS), (13, _BITS), (0, _BITS))  # shift, bits
 _LARGEST = (1 << 63) - 1
 _SIGN = -1 << 63
