@@ -7,10 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from spear_kernels.policy_loss.config import KINDS, KL_KINDS, PolicyLossConfig
+from spear_kernels import policy_loss
+from spear_kernels.policy_loss import launch
+from spear_kernels.policy_loss.config import AGGREGATIONS, KINDS, KL_KINDS, PolicyLossConfig
 from spear_kernels.policy_loss.inputs import TokenInputs
 from spear_kernels.policy_loss.kernel import token_terms
 from spear_kernels.policy_loss.terms import token_terms as torch_terms
+from spear_kernels.testing import OperationRecorder, assert_close_to_truth, policy_config, policy_problem
 
 NUM_ROWS = 301
 FLOATS = ("logp", "old_logp", "advantages", "row_weight", "ref_logp", "sequence_ratio")
@@ -106,3 +109,171 @@ def test_a_nan_in_an_action_token_is_not_hidden():
     policy, _, d_logp, *_ = kernel_terms(rows, torch.zeros(NUM_ROWS, dtype=torch.bool), PolicyLossConfig(), True)
     assert torch.isnan(policy[7])
     assert torch.isnan(d_logp[7])
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several programs, and several chunks of programs, for few tokens."""
+    monkeypatch.setattr(launch, "BLOCK", 16)
+    monkeypatch.setattr(launch, "CHUNK", 2)
+
+
+def evaluate(p, cfg, dtype, backend, **options):
+    """The result and the gradients in logp and entropy; `options` replace arguments."""
+    names = ("logp", "old_logp", "advantages", "entropy", "ref_logp", "row_weight")
+    arguments = {name: getattr(p, name).detach().to(dtype) for name in names}
+    arguments.update(mask=p.mask, seq_ids=p.seq_ids, positions=p.positions, **options)
+    leaves = [arguments["logp"].requires_grad_(), arguments["entropy"].requires_grad_()]
+    result = policy_loss(cfg=cfg, backend=backend, **arguments)
+    return result, torch.autograd.grad(result.loss, leaves, allow_unused=True)
+
+
+def assert_backends_agree(p, cfg, **options):
+    """Triton errs from float64 like torch does in float32, in loss, metrics and gradients."""
+    for name in ("logp", "old_logp", "advantages", "entropy", "ref_logp", "row_weight"):
+        setattr(p, name, getattr(p, name).float().double())
+    if cfg.uses_covariance and "selected" not in options:
+        options["selected"] = p.selection(cfg)
+    truth, true_grads = evaluate(p, cfg, torch.float64, "torch", **options)
+    plain, plain_grads = evaluate(p, cfg, torch.float32, "torch", **options)
+    actual, grads = evaluate(p, cfg, torch.float32, "triton", **options)
+    assert list(actual.metrics) == list(truth.metrics)
+    for name, value in truth.metrics.items():
+        assert not actual.metrics[name].requires_grad
+        torch.testing.assert_close(actual.metrics[name], value.float(), rtol=1e-5, atol=2e-6, msg=name, equal_nan=True)
+    assert_close_to_truth(actual.loss.detach(), truth.loss.detach(), plain.loss.detach())
+    for grad, true, naive in zip(grads, true_grads, plain_grads, strict=True):
+        assert (grad is None) == (true is None)
+        if grad is not None and grad.numel():
+            assert_close_to_truth(grad, true, naive)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_kernel_equals_torch(kind, aggregation, small_blocks):
+    cfg = policy_config(kind, aggregation, tis_cap=1.2)
+    p = policy_problem(75, seed=AGGREGATIONS.index(aggregation), spread=0.6)
+    assert_backends_agree(p, cfg, sampler_logp=p.old_logp.float() + 0.4)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 16, 33, 511, 513, 1300])
+def test_any_number_of_tokens(num_rows):
+    assert_backends_agree(policy_problem(num_rows, seed=1), policy_config("clip_cov"))
+
+
+@pytest.mark.parametrize("changes", [{"entropy": None}, {"ref_logp": None}, {"row_weight": None}, {"mask": None}])
+def test_arguments_that_may_be_missing(changes, small_blocks):
+    cfg = policy_config(entropy_coef=0.0, kl_coef=0.0, dual_clip=None)
+    p = policy_problem(40)
+    arguments = {"entropy": p.entropy.float(), "ref_logp": p.ref_logp.float(), "row_weight": p.row_weight.float()}
+    arguments = {"logp": p.logp.float(), "mask": p.mask, **arguments, **changes}
+    rest = {"old_logp": p.old_logp.float(), "advantages": p.advantages.float(), "cfg": cfg}
+    actual, expected = (policy_loss(**arguments, **rest, backend=backend) for backend in ("triton", "torch"))
+    assert list(actual.metrics) == list(expected.metrics)
+    for name, value in expected.metrics.items():
+        torch.testing.assert_close(actual.metrics[name], value, rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("count", [50, 50.0, torch.tensor(50), torch.tensor(50.0), 0, torch.tensor(0)])
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum-norm", "seq-mean-token-mean"])
+def test_given_counts(count, aggregation, small_blocks):
+    assert_backends_agree(policy_problem(40), policy_config("ppo", aggregation), num_tokens=count, num_seqs=count)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_ratios_of_ninety_nats(kind, small_blocks):
+    p = policy_problem(48)
+    p.old_logp = p.logp + torch.where(torch.arange(48) % 2 == 0, 90.0, -90.0)
+    p.ref_logp = p.old_logp.clone()
+    assert_backends_agree(p, policy_config(kind))
+
+
+@pytest.mark.parametrize("kind", ["clip_cov", "kl_cov"])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_all_or_no_tokens_chosen(kind, chosen, small_blocks):
+    selected = torch.full((48,), chosen)
+    assert_backends_agree(policy_problem(48), policy_config(kind), selected=selected)
+
+
+@pytest.mark.parametrize("kind", ["clip_cov", "kl_cov"])
+def test_choice_made_inside(kind, small_blocks):
+    assert_backends_agree(policy_problem(48, seed=3), policy_config(kind), selected=None, seed=5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_action_tokens(kind, small_blocks):
+    p = policy_problem(40)
+    p.mask[:] = False
+    result, grads = evaluate(p, policy_config(kind, "seq-mean-token-mean"), torch.float32, "triton")
+    assert result.loss == 0
+    assert all(value == 0 for value in result.metrics.values())
+    assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_rows_may_hold_nan(kind, small_blocks):
+    clean, dirty = policy_problem(48), policy_problem(48)
+    for name in ("logp", "entropy", "old_logp", "ref_logp", "advantages", "row_weight"):
+        getattr(dirty, name)[~dirty.mask] = torch.nan
+    cfg = policy_config(kind, "seq-mean-token-mean", tis_cap=1.2)
+    sampler_logp = torch.where(dirty.mask, clean.old_logp - 0.1, torch.nan).float()
+    expected, clean_grads = evaluate(clean, cfg, torch.float32, "triton", sampler_logp=clean.old_logp.float() - 0.1)
+    actual, grads = evaluate(dirty, cfg, torch.float32, "triton", sampler_logp=sampler_logp)
+    torch.testing.assert_close(actual.metrics, expected.metrics)
+    torch.testing.assert_close(grads, clean_grads)
+
+
+def test_half_precision_and_strided_inputs_are_read_as_they_are(small_blocks):
+    p, cfg = policy_problem(48), policy_config()
+    for name in ("logp", "old_logp", "advantages", "entropy", "ref_logp", "row_weight"):
+        setattr(p, name, torch.stack([getattr(p, name).bfloat16()] * 2, 1)[:, 0])
+    arguments = (p.old_logp, p.advantages, p.mask, cfg, p.seq_ids, p.entropy, p.ref_logp, p.row_weight)
+    logp = p.logp.detach().requires_grad_()
+    results = [policy_loss(logp, *arguments, backend=backend) for backend in ("triton", "torch")]
+    grads = [torch.autograd.grad(result.loss, logp)[0] for result in results]
+    torch.testing.assert_close(results[0].loss, results[1].loss)
+    assert grads[0].dtype == torch.bfloat16
+    torch.testing.assert_close(*grads)
+
+
+def test_is_one_launch_without_host_syncs(monkeypatch):
+    launches = []
+
+    class Counting:
+        def __getitem__(self, grid):
+            return lambda *_, **__: launches.append(grid)
+
+    monkeypatch.setattr(launch, "_kernel", Counting())
+    p, cfg = policy_problem(600), policy_config("clip_cov")
+    logp, entropy = (tensor.detach().float().requires_grad_() for tensor in (p.logp, p.entropy))
+    old_logp, advantages, ref_logp = (tensor.float() for tensor in (p.old_logp, p.advantages, p.ref_logp))
+    with OperationRecorder() as forward:
+        result = policy_loss(
+            logp, old_logp, advantages, p.mask, cfg, None, entropy, ref_logp, selected=p.mask, backend="triton"
+        )
+    with OperationRecorder() as backward:
+        result.loss.backward()
+    assert launches == [(2,)]
+    bookkeeping = {"policy_loss", "detach", "unbind", "to", "empty", "new_empty"}
+    assert forward.names - bookkeeping <= {"zeros", "zero_", "fill_"}
+    assert not backward.host_syncs
+
+
+def test_backward_repeats_and_scales(small_blocks):
+    p = policy_problem(48)
+    logp, entropy = (tensor.detach().float().requires_grad_() for tensor in (p.logp, p.entropy))
+    arguments = [tensor.float() for tensor in (p.old_logp, p.advantages)]
+    loss = policy_loss(
+        logp, *arguments, p.mask, policy_config(kl_coef=0.0), None, entropy, backend="triton"
+    ).loss  # fmt: skip
+    first = torch.autograd.grad(loss, (logp, entropy), retain_graph=True)
+    again = torch.autograd.grad(loss * -3, (logp, entropy))
+    for plain, scaled in zip(first, again, strict=True):
+        torch.testing.assert_close(scaled, plain * -3)
+
+
+def test_same_bits_every_time(small_blocks):
+    p, cfg = policy_problem(200), policy_config("ppo", "seq-mean-token-mean")
+    first, second = (evaluate(p, cfg, torch.float32, "triton") for _ in range(2))
+    assert first[0].metrics == second[0].metrics
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))

@@ -175,6 +175,28 @@ def test_gradcheck(kind):
     inputs = (p.logp.requires_grad_(), p.entropy.requires_grad_())
     assert torch.autograd.gradcheck(lambda a, b: loss_of(p, cfg, a, b, selected=chosen).loss, inputs)
 
+    def reference(logp, entropy):
+        rest = (p.old_logp, p.advantages, p.mask, cfg, p.seq_ids)
+        return policy_loss_reference(logp, *rest, entropy, p.ref_logp, p.row_weight, chosen)
+
+    assert torch.autograd.gradcheck(reference, inputs)
+
+
+def test_backward_repeats():
+    p, cfg = policy_problem(NUM_ROWS), policy_config()
+    inputs = (p.logp.requires_grad_(), p.entropy.requires_grad_())
+    loss = loss_of(p, cfg, *inputs).loss
+    first, second = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_entropy_without_a_coefficient_gets_no_gradient():
+    p = policy_problem(NUM_ROWS)
+    logp, entropy = p.logp.requires_grad_(), p.entropy.requires_grad_()
+    loss_of(p, policy_config(entropy_coef=0.0), logp, entropy).loss.backward()
+    assert entropy.grad is None
+    assert logp.grad.abs().max() > 0
+
 
 def test_gspo_gradient_is_the_sequence_ratio():
     p = policy_problem(30, num_seqs=3)

@@ -18,7 +18,7 @@ Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 
 
 @torch.library.custom_op("spear_kernels::policy_loss", mutates_args=())
-def _policy_loss(
+def policy_loss_op(
     logp: torch.Tensor,
     entropy: torch.Tensor | None,
     old_logp: torch.Tensor,
@@ -31,7 +31,7 @@ def _policy_loss(
     selected: torch.Tensor | None,
     sampler_logp: torch.Tensor | None,
     count: torch.Tensor | None,
-    count_value: float | None,
+    count_int: int | None,
     seed: int,
     kind: str,
     aggregation: str,
@@ -41,7 +41,7 @@ def _policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss (0-d), METRICS [M], unscaled d_logp [N], d_entropy [N] or [0], and their scale (0-d)."""
     cfg = config_of(kind, aggregation, kl_kind, tuple(numbers))
-    given: Count | None = count_value if count is None else count
+    given: Count | None = count_int if count is None else count
     num_tokens, num_seqs = (given, None) if aggregation == "token-mean" else (None, given)
     batch = PolicyBatch(
         old_logp,
@@ -61,9 +61,9 @@ def _policy_loss(
     return loss, metrics, d_logp, d_entropy, scale
 
 
-@_policy_loss.register_fake
+@policy_loss_op.register_fake
 def _(logp: torch.Tensor, entropy: torch.Tensor | None, *rest: Any) -> Outputs:
-    dtype, num_rows = compute_dtype(logp), len(logp)
+    dtype, num_rows = compute_dtype(logp), logp.shape[0]  # len() would fix a symbolic size
     shapes = ((), (len(METRICS),), (num_rows,), (num_rows if _has_entropy_gradient(rest) else 0,), ())
     loss, metrics, d_logp, d_entropy, scale = (logp.new_empty(shape, dtype=dtype) for shape in shapes)
     return loss, metrics, d_logp, d_entropy, scale
@@ -97,7 +97,7 @@ def _scale_coefficients(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tu
     return grad_logp, grad_entropy, *(None,) * (ctx.num_inputs - 2)
 
 
-_policy_loss.register_autograd(_scale_coefficients, setup_context=_keep_coefficients)
+policy_loss_op.register_autograd(_scale_coefficients, setup_context=_keep_coefficients)
 
 
 def policy_loss_operator(
@@ -105,8 +105,11 @@ def policy_loss_operator(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, 0-d and differentiable in logp and entropy, and detached METRICS [M], for a checked batch."""
     count = batch.num_tokens if cfg.aggregation == "token-mean" else batch.num_seqs
+    if isinstance(count, float):
+        # A compiler would make one graph for each value of a float, but not of an int or a tensor.
+        count = torch.ones((), dtype=torch.float64, device=logp.device) * count
     is_tensor = isinstance(count, torch.Tensor)
-    loss, metrics, *_ = _policy_loss(
+    loss, metrics, *_ = policy_loss_op(
         logp,
         entropy,
         batch.old_logp,
@@ -119,7 +122,7 @@ def policy_loss_operator(
         batch.selected,
         batch.sampler_logp,
         count.detach().to(logp.device, non_blocking=True) if is_tensor else None,
-        None if is_tensor or count is None else float(count),
+        None if is_tensor else count,
         signed_word(batch.seed),
         cfg.kind,
         cfg.aggregation,

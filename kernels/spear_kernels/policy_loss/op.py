@@ -110,7 +110,7 @@ def policy_loss(
         num_seqs,
         seed,
         sampler_logp,
-    ).check(len(logp), cfg, entropy is not None, logp.device)
+    ).check(logp.shape[0], cfg, entropy is not None, logp.device)
     loss, vector = policy_loss_operator(logp, entropy, batch, cfg, backend)
     has_quantiles = cfg.uses_covariance and selected is None
     return PolicyLossResult(loss, _metrics_of(vector, entropy, batch, has_quantiles))
