@@ -139,11 +139,16 @@ def naive(problem: Problem) -> Outcome:
 
 
 def _one_shot(problem: Problem) -> Outcome:
-    hidden, ids, old_logp, advantages = actions_of(problem)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    result = linear_policy_loss(
-        hidden, problem.weight, ids, old_logp, advantages, mask, CONFIG, num_tokens=problem.num_active
-    )
+    return _fused_loss(problem, problem.host_advantages, problem.host_mask)
+
+
+def _one_shot_on_device(problem: Problem) -> Outcome:
+    return _fused_loss(problem, problem.advantages, problem.mask)
+
+
+def _fused_loss(problem: Problem, advantages: torch.Tensor, mask: torch.Tensor) -> Outcome:
+    inputs = (problem.hidden, problem.weight, problem.ids, problem.old_logp)
+    result = linear_policy_loss(*inputs, advantages, mask, CONFIG, num_tokens=problem.num_active)
     return Outcome(result.loss, result.logp)
 
 
@@ -178,7 +183,17 @@ OWN = (
         lambda device: torch.compile(naive, dynamic=False),
         devices=("cuda",),
     ),
-    Contender("linear_policy_loss", "PPO loss, metrics, entropy; action rows gathered first", lambda device: _one_shot),
+    Contender(
+        "linear_policy_loss",
+        "PPO loss, metrics, entropy; advantages and mask on the host, as a trainer has them",
+        lambda device: _one_shot,
+    ),
+    Contender(
+        "linear_policy_loss_on_device",
+        "the same with advantages and mask on the device, which the host does not wait for",
+        lambda device: _one_shot_on_device,
+        devices=("cuda",),
+    ),
     Contender(
         "linear_logprob",
         "linear_logprob + policy_loss: PPO loss, metrics, entropy, logits recomputed; action rows gathered first",

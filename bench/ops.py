@@ -29,7 +29,10 @@ from bench.measure import alternate, copies_for_cache, cuda_peak, resident_peak,
 from bench.peers import PEERS
 from bench.problems import DEFAULT_TOKENS, HEADS, Problem, Shape, logits_bytes, loss_bytes, loss_flops, make_problem
 
-GROUPS = {"ours": ("linear_policy_loss", "linear_logprob", "logprob"), "peers": tuple(peer.name for peer in PEERS)}
+GROUPS = {
+    "ours": ("linear_policy_loss", "linear_policy_loss_on_device", "linear_logprob", "logprob"),
+    "peers": tuple(peer.name for peer in PEERS),
+}
 REPEATS = {"cpu": 3, "cuda": 20}
 # Rows whose log-probs and gradients are compared with float64 at the measured size.
 CHECKED_ROWS = 256
@@ -331,15 +334,15 @@ def _title(shape: Shape) -> str:
 def table(case: dict[str, Any]) -> str:
     """The case as lines of text; "floor" is the share of the floor's speed."""
     titles = ("ms", "spread", "floor", "TFLOP/s", "GB/s", "MiB", "lp p99", "grad")
-    lines = [case["title"], f"{'':20}{''.join(f'{title:>9}' for title in titles)}"]
+    lines = [case["title"], f"{'':29}{''.join(f'{title:>9}' for title in titles)}"]
     for name, entry in case["contenders"].items():
         if entry["status"] != "measured":
             reason = entry.get("install") or entry.get("reason", "")
-            lines.append(f"{name:20} {entry['status']}{': ' if reason else ''}{reason}")
+            lines.append(f"{name:29} {entry['status']}{': ' if reason else ''}{reason}")
             continue
-        lines.append(f"{name:20}{_cells(entry)}")
+        lines.append(f"{name:29}{_cells(entry)}")
         if "forward" in entry:
-            lines.append(f"{'  forward alone':20}{_cells(entry['forward'])}")
+            lines.append(f"{'  forward alone':29}{_cells(entry['forward'])}")
     return "\n".join(lines) + "\n"
 
 

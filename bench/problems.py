@@ -79,6 +79,8 @@ class Problem:
     mask: torch.Tensor  # bool [N]
     rows: torch.Tensor  # int64, indices of the rows with mask True
     num_live: int
+    host_advantages: torch.Tensor  # the same as `advantages`, on the CPU, where a trainer makes them
+    host_mask: torch.Tensor  # likewise
     logits: torch.Tensor | None = field(default=None)  # [N, V]
 
     @property
@@ -116,7 +118,7 @@ def make_problem(shape: Shape, device: torch.device, seed: int = 0, level: str =
     weight, hidden = _draw_head(shape, random)
     ids, logp = _draw_ids(hidden, weight, random)
     noise = torch.randn(shape.num_rows, generator=random, device=device).clamp_(-3, 3)
-    advantages = _draw_advantages(shape, seed).to(device)
+    advantages = _draw_advantages(shape, seed)
     mask = _action_mask(shape, drop_last=level == "logits")
     logits = (hidden @ weight.t()).requires_grad_() if level == "logits" else None
     return Problem(
@@ -126,10 +128,12 @@ def make_problem(shape: Shape, device: torch.device, seed: int = 0, level: str =
         ids,
         # At most 0.15 nat, so that the clip bounds do not bind and live rows are those with an advantage.
         logp + 0.05 * noise,
-        advantages,
+        advantages.to(device),
         mask.to(device),
         mask.nonzero()[:, 0].to(device),
-        int((mask & (advantages.cpu() != 0)).sum()),
+        int((mask & (advantages != 0)).sum()),
+        advantages,
+        mask,
         logits,
     )
 
@@ -212,8 +216,8 @@ def loss_flops(num_active: int, num_live: int, head: Head) -> int:
 
 
 def recompute_flops(num_active: int, num_live: int, head: Head) -> int:
-    """The same where the backward pass computes the logits of all active rows again: a (4 + 4 g) NVH."""
-    return loss_flops(num_active, num_live, head) + product_flops(num_active, head)
+    """The same where the backward pass computes the logits of live rows again: a (2 + 6 g) NVH."""
+    return loss_flops(num_active, num_live, head) + product_flops(num_live, head)
 
 
 def loss_bytes(num_active: int, num_live: int, head: Head) -> int:

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from bench import machine, ops
-from bench.contenders import OWN, Contender, Outcome, actions_of, clipped_loss, naive
+from bench.contenders import OWN, Contender, Outcome, actions_of, clipped_loss, loss_of_actions, naive
 from bench.gate import gate_problem, truth_of
 from bench.measure import alternate, resident_peak, run_step
 from bench.problems import Head, Shape, loss_flops, make_problem, recompute_flops
+from spear_kernels import linear_logprob
 from spear_kernels.testing import OperationRecorder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,14 @@ def test_a_problem_has_the_shares_it_was_asked_for(active, live):
     assert torch.equal(problem.rows, problem.mask.nonzero()[:, 0])
 
 
+def test_where_logits_are_given_the_last_row_of_a_sequence_is_no_action():
+    problem = make_problem(Shape(HEAD, 512), CPU, level="logits")
+    assert problem.logits is not None
+    assert problem.leaves == (problem.logits,)
+    assert not problem.mask.view(64, 8)[:, -1].any()
+    assert problem.num_active == 64 * 7
+
+
 def test_old_logp_is_near_and_no_bound_is_in_force():
     problem = make_problem(Shape(HEAD, 512), CPU, seed=2)
     logp = torch.log_softmax((problem.hidden @ problem.weight.t()).detach().double(), 1)
@@ -53,6 +62,20 @@ def test_impossible_shapes_are_named(num_rows, change):
         Shape(HEAD, num_rows, **change)
 
 
+def flops_of(step, problem):
+    with OperationRecorder() as seen:
+        run_step(step, problem)
+    return seen.matrix_flops
+
+
+def recomputing(problem):
+    """linear_logprob in chunks of a tenth of the rows, so that it cannot keep their logits."""
+    actions = actions_of(problem)
+    chunk_bytes = problem.num_active // 10 * HEAD.vocab_size * 4
+    logp = linear_logprob(actions.inputs, problem.weight, actions.ids, chunk_bytes=chunk_bytes).logp
+    return loss_of_actions(logp, actions, problem)
+
+
 @pytest.mark.parametrize("active", [1.0, 0.7])
 @pytest.mark.parametrize("live", [1.0, 0.5, 0.1])
 def test_flop_formulas_are_what_the_operators_spend(active, live):
@@ -61,14 +84,14 @@ def test_flop_formulas_are_what_the_operators_spend(active, live):
     expected = {
         "floor": least,
         "linear_policy_loss": least,
-        "linear_logprob": recompute_flops(problem.num_active, problem.num_live, HEAD),
         "floor_dense": loss_flops(1280, 1280, HEAD),
         "naive": loss_flops(1280, 1280, HEAD),
     }
     for name, flops in expected.items():
-        with OperationRecorder() as seen:
-            run_step(step_of(name), problem)
-        assert seen.matrix_flops == flops, name
+        assert flops_of(step_of(name), problem) == flops, name
+    recompute = recompute_flops(problem.num_active, problem.num_live, HEAD)
+    assert flops_of(recomputing, problem) == recompute
+    assert flops_of(step_of("linear_logprob"), problem) in (least, recompute)
     assert least == pytest.approx(2 * problem.num_active * (1 + 2 * problem.num_live / problem.num_active) * 50 * 16)
 
 
@@ -218,6 +241,7 @@ def test_groups_stand_for_their_members():
     assert [one.name for one in ops.chosen("hidden", ops._names("ours"))] == [
         "floor",
         "linear_policy_loss",
+        "linear_policy_loss_on_device",
         "linear_logprob",
     ]
     left = {one.name for one in ops.chosen("hidden", skip=ops._names("peers"))}
