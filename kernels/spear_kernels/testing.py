@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
+import torch.multiprocessing
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -173,3 +177,20 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
+
+
+def run_ranks(work: Callable[[int], Any], world_size: int, folder: Path) -> list[Any]:
+    """What `work(rank)`, a function of a module, returns in each of `world_size` processes that form a gloo group."""
+    # A fork server imports torch once for all processes, and holds no thread that a fork could lose. It does not know
+    # this process's sys.path, so what is tested must not be preloaded.
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed"])
+    arguments = (work, world_size, str(folder))
+    torch.multiprocessing.start_processes(_run_rank, arguments, nprocs=world_size, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _run_rank(rank: int, work: Callable[[int], Any], world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    torch.save(work(rank), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()

@@ -58,7 +58,7 @@ class VocabShard:
 
         group = self._resolve()
         everyone = partials.new_empty(group.size() * len(partials), *partials.shape[1:])
-        dist.all_gather_into_tensor(everyone, partials.contiguous(), group=group)
+        dist.all_gather(list(everyone.chunk(group.size())), partials.contiguous(), group=group)
         return everyone
 
     def widest(self, width: int) -> int:

@@ -15,6 +15,8 @@ from spear_kernels.linear_logprob.products import keeps_float32, project
 
 CPU_CHUNK_BYTES = 64 << 20
 DEVICE_CHUNK_BYTES = 1 << 30
+ROW_ALIGNMENT = 32
+"""Elements."""
 
 
 def chunk_budget(chunk_bytes: int | None, device: torch.device) -> int:
@@ -76,8 +78,10 @@ class Head:
         return self.gradient_dtype != self.dtype
 
     def buffer(self, num_rows: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Unwritten [num_rows, V]."""
-        return torch.empty(num_rows, self.width, dtype=dtype or self.dtype, device=self.weight.device)
+        """Unwritten [num_rows, V]; rows start at multiples of 64 bytes, or kernels could not load vectors."""
+        stride = -(-self.width // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        rows = torch.empty(num_rows, stride, dtype=dtype or self.dtype, device=self.weight.device)
+        return rows[:, : self.width]
 
     def logits(self, x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
         """x @ weight.T + bias for x [n, H], written to the first n rows of `buffer`."""

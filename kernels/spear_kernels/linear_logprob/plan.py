@@ -9,6 +9,12 @@ import torch
 from spear_kernels.checks import host_may_wait
 
 
+def order_and_count(flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All rows, those with flag bool [n] True first and in order, int64 [n], and how many those are, int32 [1]."""
+    order = torch.argsort(~flags, stable=True)
+    return order, flags.sum(dtype=torch.int32).reshape(1)
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """The rows that enter the head and their order.
@@ -25,6 +31,8 @@ class RowPlan:
     """The first `num_live` of those may have a gradient."""
     unknown: torch.Tensor | None
     """bool [N] on the device, False for rows that count for nothing but that the host does not know."""
+    count: torch.Tensor | None = None
+    """int32 [1] on the device: how many rows of `index` really enter; None: all."""
 
     @staticmethod
     def of(mask: torch.Tensor | None, live: torch.Tensor | None, num_rows: int, device: torch.device) -> RowPlan:
@@ -45,6 +53,13 @@ class RowPlan:
         if num_live == num_rows:
             return RowPlan(num_rows, None, num_rows, None)
         return RowPlan(num_rows, index.to(device, non_blocking=True), num_live, None)
+
+    def counted(self) -> RowPlan:
+        """The plan with the rows that enter in front and counted on the device, if the host does not know them."""
+        if self.unknown is None:
+            return self
+        order, count = order_and_count(self.unknown)
+        return RowPlan(self.num_rows, order, self.num_rows, None, count)
 
     def spread(self, values: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Values of the rows that enter, along `dim`, at their places among all N rows; zeros elsewhere."""

@@ -63,7 +63,7 @@ class HeadRows:
 
     def statistics(self, logits: torch.Tensor | None = None) -> torch.Tensor:
         """Statistics [4, N]; the raw logits of all rows are left in `logits` [N, V] if it is given."""
-        if logits is None and self.backend == "triton" and prefers_fused(self.hidden):
+        if logits is None and self.backend == "triton" and self._prefers_fused():
             return self._fused_statistics()
         buffer = self.buffer() if logits is None else logits
         table = torch.empty(4, len(self), dtype=self.head.dtype, device=self.hidden.device)
@@ -73,6 +73,16 @@ class HeadRows:
             z = self.head.logits(part.hidden, buffer if logits is None else logits[rows])
             table[:, rows] = summarise(z, part.ids, part.scaling, self.backend)
         return table if self.shard.is_whole else combine(self.shard.gather(table[None]))
+
+    def _prefers_fused(self) -> bool:
+        """Whether a fused forward without logits beats a matrix product into logits that a second kernel reads.
+
+        By arithmetic, not yet by measurement: the traffic of the logits, 8 bytes each, outweighs what the fused product
+        loses against the vendor's where a row of H products takes no longer than that, and where few rows leave the
+        vendor's product short of work.
+        """
+        fits = self.hidden.dtype == self.head.weight.dtype and self.head.width > 0 and len(self) > 0
+        return fits and (self.hidden.shape[1] <= FUSED_MAX_WIDTH or len(self) <= FUSED_MAX_ROWS)
 
     def _fused_statistics(self) -> torch.Tensor:
         from spear_kernels.linear_logprob.launch import fused_partials
@@ -102,26 +112,19 @@ class HeadRows:
             sums.add(place if live is None else live[place], part.hidden, dz)
 
 
-def prefers_fused(hidden: torch.Tensor) -> bool:
-    """Whether a fused forward without logits beats a matrix product into logits that a second kernel reads.
-
-    By arithmetic, not yet by measurement: the logits' traffic of 8 bytes per entry outweighs what the fused product
-    loses against the vendor's where a row of H products takes no longer than that, and where few rows leave the
-    vendor's product short of work.
-    """
-    return hidden.shape[1] <= FUSED_MAX_WIDTH or len(hidden) <= FUSED_MAX_ROWS
-
-
 def live_rows(coefficients: Coefficients) -> torch.Tensor | None:
     """Indices of rows with a coefficient other than zero, or None when all rows are kept (always, off the CPU)."""
-    d_logp, d_entropy = coefficients
-    if not host_may_wait(d_logp):
+    if not host_may_wait(coefficients[0]):
         return None
-    alive = d_logp != 0
-    if d_entropy is not None:
-        alive |= d_entropy != 0
-    live = alive.nonzero()[:, 0]
-    return None if len(live) == len(alive) else live
+    flags = alive(coefficients)
+    live = flags.nonzero()[:, 0]
+    return None if len(live) == len(flags) else live
+
+
+def alive(coefficients: Coefficients) -> torch.Tensor:
+    """Whether a row has a coefficient other than zero, bool [n]."""
+    d_logp, d_entropy = coefficients
+    return d_logp != 0 if d_entropy is None else (d_logp != 0) | (d_entropy != 0)
 
 
 def take_coefficients(coefficients: Coefficients, rows: Rows | None) -> Coefficients:

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spear_kernels.checks import compute_dtype
+from spear_kernels.checks import compute_dtype, host_may_wait
+from spear_kernels.linear_logprob.counted import can_count
+from spear_kernels.linear_logprob.head import Head
 from spear_kernels.linear_logprob.op import (
     HEAD_SCHEMA,
     NUM_HEAD_ARGUMENTS,
@@ -19,8 +21,8 @@ from spear_kernels.linear_logprob.op import (
 )
 from spear_kernels.linear_logprob.plan import RowPlan
 from spear_kernels.linear_logprob.sums import GradientSums
-from spear_kernels.linear_policy_loss.sweep import sweep
-from spear_kernels.policy_loss.config import NUMBERS, config_of
+from spear_kernels.linear_policy_loss.sweep import Skipping, sweep
+from spear_kernels.policy_loss.config import NUMBERS, PolicyLossConfig, config_of
 from spear_kernels.policy_loss.inputs import TokenInputs
 
 _LOSS_SCHEMA = (
@@ -62,12 +64,16 @@ def linear_policy_sweep(
     live, old_logp, advantages, action, weights, row_weight, ref_logp, selected, *names, numbers, wanted = rest[
         NUM_HEAD_ARGUMENTS - 5 :
     ]
+    cfg = config_of(*names, tuple(numbers))
     plan = RowPlan.of(mask, live, len(ids), hidden.device)
+    by_device = _counts_on_device(hidden, weight, bias, settings, plan, unplanned=live is None and may_stay_idle(cfg))
+    plan = plan.counted() if by_device else plan
     rows = head_rows(hidden, weight, bias, ids, settings, plan)
+    skipping = Skipping(plan.num_live, plan.count, by_device)
     inputs = TokenInputs(old_logp, advantages, action, weights, row_weight, ref_logp, selected)
     inputs = inputs if plan.index is None else inputs.rows(plan.index)
     sums = GradientSums.zeros(rows.head, rows.hidden, weight, rows.shard, wanted)
-    table, d_logp, d_entropy = sweep(rows, plan.num_live, inputs, config_of(*names, tuple(numbers)), sums)
+    table, d_logp, d_entropy = sweep(rows, skipping, inputs, cfg, sums)
     d_hidden, d_weight, d_bias = sums.finish(hidden, rows.shard)
     if d_hidden is not None:
         d_hidden = plan.spread(d_hidden, dim=0)
@@ -76,6 +82,29 @@ def linear_policy_sweep(
     anchor = table.new_zeros(())
     gradients = filled((d_hidden, d_weight, d_bias), hidden)
     return Swept(anchor, table[0].clone(), table[1].clone(), table, d_logp, d_entropy, *gradients)
+
+
+def may_stay_idle(cfg: PolicyLossConfig) -> bool:
+    """Whether a row of advantage 0 has no gradient: only the surrogate gives one."""
+    return not (cfg.entropy_coef or cfg.kl_coef or cfg.kind == "kl_cov")
+
+
+def _counts_on_device(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    settings: Settings,
+    plan: RowPlan,
+    unplanned: bool,
+) -> bool:
+    """Whether rows that the host does not know to be idle are counted on the device, rather than multiplied as zeros.
+
+    `unplanned`: there may be rows without a gradient, and nobody has looked for them.
+    """
+    *_, vocab_size, group, _, _, _, backend = settings
+    if backend != "triton" or group or host_may_wait(hidden) or (plan.unknown is None and not unplanned):
+        return False
+    return can_count(Head.of(hidden, weight, bias, vocab_size, len(weight)), hidden)
 
 
 @linear_policy_sweep.register_fake

@@ -13,7 +13,7 @@ from spear_kernels.cov_select.op import all_rows
 from spear_kernels.linear_logprob import linear_logprob
 from spear_kernels.linear_logprob.head import check_head, chunk_budget
 from spear_kernels.linear_logprob.op import head_settings
-from spear_kernels.linear_policy_loss.library import Swept, linear_policy_sweep
+from spear_kernels.linear_policy_loss.library import Swept, linear_policy_sweep, may_stay_idle
 from spear_kernels.logprob.scaling import Scaling
 from spear_kernels.policy_loss.config import PolicyLossConfig
 from spear_kernels.policy_loss.inputs import Count, PolicyBatch, TokenInputs
@@ -106,10 +106,7 @@ class _Head:
 
 def _host_side_live(batch: PolicyBatch, cfg: PolicyLossConfig) -> torch.Tensor | None:
     """Rows that may have a gradient, bool [N], if advantages on the CPU say so; None if all may or nobody knows."""
-    has_other_terms = cfg.entropy_coef or cfg.kl_coef or cfg.kind == "kl_cov"
-    if has_other_terms or not host_may_wait(batch.advantages):
-        return None
-    return batch.advantages != 0
+    return batch.advantages != 0 if may_stay_idle(cfg) and host_may_wait(batch.advantages) else None
 
 
 def _evaluate(

@@ -5,9 +5,12 @@ For a loss that is local to tokens the coefficients of a row are known as soon a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from spear_kernels.linear_logprob.rows import HeadRows, live_rows
+from spear_kernels.linear_logprob.counted import add_counted, counted_logits
+from spear_kernels.linear_logprob.rows import HeadRows, alive, live_rows
 from spear_kernels.linear_logprob.sums import GradientSums
 from spear_kernels.logprob.matrix import partials_table
 from spear_kernels.logprob.rows import Coefficients, RowStatistics, combine, tile_sweep_, tiles
@@ -16,13 +19,26 @@ from spear_kernels.policy_loss.inputs import TokenInputs
 from spear_kernels.policy_loss.terms import token_terms
 
 
+@dataclass(frozen=True)
+class Skipping:
+    """How rows without a gradient are kept out of the products."""
+
+    num_live: int
+    """Rows from here on are known to have no gradient."""
+    count: torch.Tensor | None
+    """int32 [1] on the device: the rows after that many do not enter; None: all enter."""
+    by_device: bool
+    """Whether products stop at counts made on the device."""
+
+
 def sweep(
-    rows: HeadRows, num_live: int, inputs: TokenInputs, cfg: PolicyLossConfig, sums: GradientSums
+    rows: HeadRows, skipping: Skipping, inputs: TokenInputs, cfg: PolicyLossConfig, sums: GradientSums
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Statistics [4, n] and coefficients d_logp [n], d_entropy [n] ([0] without entropy term); gradients go to `sums`.
 
-    Rows from `num_live` on are known to have no gradient. `inputs` and `sums` have a row for each of `rows`.
+    `inputs` and `sums` have a row for each of `rows`.
     """
+    num_live = skipping.num_live
     num_rows = len(rows)
     table = torch.empty(4, num_rows, dtype=rows.head.dtype, device=rows.hidden.device)
     d_logp = table.new_zeros(num_rows)
@@ -30,15 +46,25 @@ def sweep(
     live, rest = slice(0, num_live), slice(num_live, num_rows)
     buffer = rows.take(live).buffer()
     for place, part in rows.take(live).chunks():
-        z = part.head.logits(part.hidden, buffer)
+        z = _logits(part, place, skipping.count, buffer)
         table[:, place], coefficients, dz = _sweep_chunk(z, part, inputs.rows(place), cfg)
         d_logp[place] = coefficients[0]
         if coefficients[1] is not None:
             d_entropy[place] = coefficients[1]
-        sums.add_live(place, part.hidden, dz, live_rows(coefficients))
+        if skipping.by_device:
+            add_counted(sums, place, part.hidden, dz, alive(coefficients))
+        else:
+            sums.add_live(place, part.hidden, dz, live_rows(coefficients))
     if num_live < num_rows:
         table[:, rest] = rows.take(rest).statistics()
     return table, d_logp, d_entropy
+
+
+def _logits(part: HeadRows, place: slice, count: torch.Tensor | None, buffer: torch.Tensor) -> torch.Tensor:
+    """Raw logits [n, V] of the rows at `place`; those from `count` on are left as they are."""
+    if count is None:
+        return part.head.logits(part.hidden, buffer)
+    return counted_logits(part.head, part.hidden, (count - place.start).clamp(0, len(part)), buffer)
 
 
 Swept = tuple[torch.Tensor, Coefficients, torch.Tensor]

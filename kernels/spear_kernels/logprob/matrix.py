@@ -11,7 +11,7 @@ from spear_kernels.logprob.scaling import Scaling
 
 def partials_table(logits: torch.Tensor, ids: torch.Tensor, scaling: Scaling, backend: str) -> torch.Tensor:
     """Partial statistics [4, N] of one shard's raw logits [N, V] and local ids [N]."""
-    if backend == "triton":
+    if backend == "triton" and scaling.vocab_size:
         from spear_kernels.logprob.launch import row_partials
 
         return row_partials(logits, ids, *scaling.numbers)
@@ -42,7 +42,7 @@ def write_gradient(
 ) -> None:
     """Write the gradient in raw logits [N, V] to `out`, which may be `logits`, and zeros to its padding columns."""
     d_logp, d_entropy = coefficients
-    if backend == "triton":
+    if backend == "triton" and scaling.vocab_size:
         from spear_kernels.logprob.launch import row_gradient
 
         saved = stats.entropy, stats.peak, stats.log_total
