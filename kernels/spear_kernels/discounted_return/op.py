@@ -25,7 +25,7 @@ def discounted_returns(
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma={gamma} must lie between 0 and 1")
     order = torch.argsort(traj_ids, stable=True)
-    returns, owner = rewards[order].double(), traj_ids[order]
+    returns, owner = rewards.index_select(0, order).double(), traj_ids.index_select(0, order)
     reach, longest = 1, len(rewards) if max_steps is None else min(max_steps, len(rewards))
     while reach < longest:
         same = owner[reach:] == owner[:-reach]

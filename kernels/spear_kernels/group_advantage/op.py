@@ -21,8 +21,9 @@ def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, *, std_norm
     require_shape("group_ids", group_ids, tuple(rewards.shape))
     index = segment_index(group_ids)
     stats = segment_stats(rewards, index)
-    alone = stats.count[index] == 1
+    alone = stats.count.index_select(0, index) == 1
     advantages = torch.where(alone, rewards.double(), stats.deviation)
     if std_norm:
-        advantages = advantages / (torch.where(alone, 1.0, stats.std[index]) + STD_EPSILON)
+        std = torch.where(alone, 1.0, stats.std.index_select(0, index))
+        advantages = advantages / (std + STD_EPSILON)
     return advantages.to(compute_dtype(rewards))

@@ -57,7 +57,7 @@ def max_ngram_counts(
         # A run that occurs once needs no name: all there is to know is whether there is one.
         counts.scatter_reduce_(0, rows.sequence, (rows.room >= n).long(), "amax")
     heads, times = _frequent_runs(rows, n, num_seqs, max(enough, 2))
-    return counts.scatter_reduce_(0, rows.sequence[heads], times, "amax")
+    return counts.scatter_reduce_(0, rows.sequence.index_select(0, heads), times, "amax")
 
 
 def _check_numbers(rows: _Rows, n: int, num_seqs: int, enough: int) -> None:
@@ -82,7 +82,7 @@ def _rows(
     tokens, sequence = tokens.long(), sequence.long()
     if not (host_may_wait(sequence) and bool((sequence[1:] >= sequence[:-1]).all())):
         sequence, order = sequence.sort(stable=True)
-        tokens, message = tokens[order], message[order]
+        tokens, message = tokens.index_select(0, order), message.index_select(0, order)
     return _Rows(tokens, sequence, _room(sequence, message))
 
 
@@ -93,7 +93,7 @@ def _room(sequence: torch.Tensor, message: torch.Tensor) -> torch.Tensor:
     stretch = opens.long().cumsum(0) - 1
     ends = segment_sum(torch.ones_like(stretch), stretch).cumsum(0)
     rows = torch.arange(len(stretch), device=stretch.device)
-    return torch.where(message < 0, 0, ends[stretch] - rows)
+    return torch.where(message < 0, 0, ends.index_select(0, stretch) - rows)
 
 
 def _frequent_runs(rows: _Rows, n: int, num_seqs: int, enough: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,10 +104,10 @@ def _frequent_runs(rows: _Rows, n: int, num_seqs: int, enough: int) -> tuple[tor
     while True:
         offsets, length = _pieces(num_names, num_prefixes, length, n)
         keys = _keys(names, heads, prefix, num_names, offsets)
-        keys = torch.where(rows.room[heads] >= length, keys, -1)
+        keys = torch.where(rows.room.index_select(0, heads) >= length, keys, -1)
         if host_may_wait(keys):
             named = (keys >= 0).nonzero().squeeze(1)
-            heads, keys = heads[named], keys[named]
+            heads, keys = heads.index_select(0, named), keys.index_select(0, named)
         found, times = _frequent_names(keys, enough)
         if length == n or len(heads) == 0:
             return heads, times
@@ -143,7 +143,7 @@ def _keys(
     """Prefix and names at the offsets from each head as digits of one number, int64 [K]; -1 where one has no name."""
     keys, alive = prefix, torch.ones_like(prefix, dtype=torch.bool)
     for offset in offsets:
-        piece = names[(heads + offset).clamp(max=len(names) - 1)]
+        piece = names.index_select(0, (heads + offset).clamp(max=len(names) - 1))
         keys, alive = keys * num_names + piece, alive & (piece >= 0)
     return torch.where(alive, keys, -1)
 
@@ -154,6 +154,6 @@ def _frequent_names(keys: torch.Tensor, enough: int) -> tuple[torch.Tensor, torc
     A run is at most as frequent as its parts, so rare ones need not be extended: little is left after a few rounds.
     """
     label = segment_index(keys)
-    times = segment_sum(torch.ones_like(label), label)[label]
+    times = segment_sum(torch.ones_like(label), label).index_select(0, label)
     frequent = (keys >= 0) & (times >= enough)
     return torch.where(frequent, label, -1), torch.where(frequent, times, 0)

@@ -1,4 +1,7 @@
-"""Sums and ranks over rows that share a sequence id, by sorting: O(N log N), no host sync, rows in any order."""
+"""Sums and ranks over rows that share a sequence id, by sorting: O(N log N), no host sync, rows in any order.
+
+`index_select` is several times faster than `values[index]` on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,9 @@ def segment_rank(index: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Number of earlier rows of the same segment with mask True, int64 [N]; labels [N] from `segment_index`."""
     require_shape("mask", mask, tuple(index.shape))
     order = torch.argsort(index, stable=True)
-    counted = mask[order].long()
+    counted = mask.index_select(0, order).long()
     before = counted.cumsum(0) - counted
     per_segment = segment_sum(mask.long(), index)
     start = per_segment.cumsum(0) - per_segment
-    return torch.empty_like(before).scatter_(0, order, before - start[index[order]])
+    own_start = start.index_select(0, index.index_select(0, order))
+    return torch.empty_like(before).scatter_(0, order, before - own_start)

@@ -41,9 +41,9 @@ def segment_stats(values: torch.Tensor, index: torch.Tensor) -> SegmentStats:
     count = segment_sum(torch.ones_like(index), index)
     # Subtracting a member first makes the deviations of equal values exactly 0. A plain mean is off by an ulp
     # (0.1 * 8 / 8 != 0.1), and that ulp would pass for a positive advantage.
-    member = values[first]
-    shifted = values - member[index]
+    member = values.index_select(0, first)
+    shifted = values - member.index_select(0, index)
     shifted_mean = segment_sum(shifted, index) / count.clamp(min=1)
-    deviation = shifted - shifted_mean[index]
+    deviation = shifted - shifted_mean.index_select(0, index)
     variance = segment_sum(deviation**2, index) / (count - 1).clamp(min=1)
     return SegmentStats(count, torch.where(count > 0, member + shifted_mean, 0), variance.sqrt(), deviation)

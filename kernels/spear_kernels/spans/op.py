@@ -26,7 +26,7 @@ def span_index(starts: torch.Tensor, ends: torch.Tensor, num_rows: int) -> torch
     opened = torch.zeros(num_rows + 1, dtype=torch.int64, device=starts.device)
     last_opened = opened.index_add_(0, starts, torch.ones_like(starts)).cumsum(0)[:num_rows] - 1  # [T]
     rows = torch.arange(num_rows, device=starts.device)
-    return torch.where((last_opened >= 0) & (rows < ends[last_opened.clamp(min=0)]), last_opened, -1)
+    return torch.where((last_opened >= 0) & (rows < ends.index_select(0, last_opened.clamp(min=0))), last_opened, -1)
 
 
 def _check_spans(starts: torch.Tensor, ends: torch.Tensor, num_rows: int) -> None:
@@ -52,4 +52,4 @@ def spread(values: torch.Tensor, index: torch.Tensor, mask: torch.Tensor | None 
     if len(values) == 0:
         return torch.zeros(index.shape, dtype=values.dtype, device=values.device)
     inside = index >= 0 if mask is None else (index >= 0) & mask
-    return torch.where(inside, values[index.clamp(min=0)], 0)
+    return torch.where(inside, values.index_select(0, index.clamp(min=0)), 0)

@@ -24,5 +24,5 @@ def step_advantages(returns: torch.Tensor, anchor_ids: torch.Tensor, *, std_norm
     stats = segment_stats(returns, index)
     advantages = torch.where(anchor_ids < 0, 0, stats.deviation)
     if std_norm:
-        advantages = advantages / (stats.std[index] + STD_EPSILON)
+        advantages = advantages / (stats.std.index_select(0, index) + STD_EPSILON)
     return advantages.to(compute_dtype(returns))
