@@ -129,19 +129,19 @@ def evaluate(p, cfg, dtype, backend, **options):
 
 
 def assert_backends_agree(p, cfg, **options):
-    """Triton errs from float64 like torch does in float32, in loss, metrics and gradients."""
+    """Triton's loss, metrics and gradients equal float64's, the gradients as closely as torch's in float32."""
     for name in ("logp", "old_logp", "advantages", "entropy", "ref_logp", "row_weight"):
         setattr(p, name, getattr(p, name).float().double())
     if cfg.uses_covariance and "selected" not in options:
         options["selected"] = p.selection(cfg)
     truth, true_grads = evaluate(p, cfg, torch.float64, "torch", **options)
-    plain, plain_grads = evaluate(p, cfg, torch.float32, "torch", **options)
+    _, plain_grads = evaluate(p, cfg, torch.float32, "torch", **options)
     actual, grads = evaluate(p, cfg, torch.float32, "triton", **options)
     assert list(actual.metrics) == list(truth.metrics)
     for name, value in truth.metrics.items():
         assert not actual.metrics[name].requires_grad
         torch.testing.assert_close(actual.metrics[name], value.float(), rtol=1e-5, atol=2e-6, msg=name, equal_nan=True)
-    assert_close_to_truth(actual.loss.detach(), truth.loss.detach(), plain.loss.detach())
+    assert actual.loss == actual.metrics["loss"]
     for grad, true, naive in zip(grads, true_grads, plain_grads, strict=True):
         assert (grad is None) == (true is None)
         if grad is not None and grad.numel():
@@ -153,7 +153,8 @@ def assert_backends_agree(p, cfg, **options):
 def test_kernel_equals_torch(kind, aggregation, small_blocks):
     cfg = policy_config(kind, aggregation, tis_cap=1.2)
     p = policy_problem(75, seed=AGGREGATIONS.index(aggregation), spread=0.6)
-    assert_backends_agree(p, cfg, sampler_logp=p.old_logp.float() + 0.4)
+    noise = torch.randn(75, generator=torch.Generator().manual_seed(2))
+    assert_backends_agree(p, cfg, sampler_logp=p.old_logp.float() + 0.5 * noise)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 16, 33, 511, 513, 1300])

@@ -101,7 +101,7 @@ def test_value_equals_the_token_loop(kind, aggregation):
 def test_sampler_weight_is_a_constant_factor_of_the_surrogate(kind):
     """Truncated importance weights multiply like row weights, in value, gradient and definition."""
     p = policy_problem(NUM_ROWS, seed=4, spread=0.6)
-    sampler_logp = p.old_logp + torch.randn(NUM_ROWS).double()
+    sampler_logp = p.ref_logp.clone()
     sampler_logp[:6] = p.old_logp[:6] + torch.tensor([0, 25, -25, 80, -80, 0.3]).double()
     weight = (p.old_logp - sampler_logp).clamp(-20, 20).exp().clamp(max=1.4)
     capped, plain = policy_config(kind, tis_cap=1.4), policy_config(kind)
@@ -340,7 +340,7 @@ def test_metrics_against_plain_means():
     p = policy_problem(200, spread=0.5)
     p.row_weight[:] = 1
     cfg = policy_config("clip_cov", cov_ratio=0.1, dual_clip=1.5, tis_cap=1.5)
-    sampler_logp = p.old_logp + 0.6 * torch.randn(200).double()
+    sampler_logp = p.ref_logp.clone()
     got = loss_of(p, cfg, sampler_logp=sampler_logp).metrics
     weight = (p.old_logp - sampler_logp)[p.mask].exp()
     m, gap, adv = p.mask, (p.logp - p.old_logp)[p.mask], p.advantages[p.mask]

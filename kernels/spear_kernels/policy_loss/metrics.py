@@ -108,30 +108,31 @@ def metric_vector(
 ) -> torch.Tensor:
     """METRICS [M] of detached per-token quantities [N] and the loss with its policy part, 0-d."""
     mask, dtype = inputs.mask, inputs.old_logp.dtype
-    num_tokens, never = mask.sum(), torch.zeros_like(mask)
     surrogate = terms.surrogate
     log_ratio = torch.where(mask, logp, 0) - inputs.old_logp
     clamped, _ = clamp_log_ratio(log_ratio)
-    selected = never if inputs.selected is None else inputs.selected
     means = {
         "cov_mean": _covariance(logp, inputs.advantages, mask),
         "clip_fraction": surrogate.clipped_low | surrogate.clipped_high,
         "clip_fraction_low": surrogate.clipped_low,
         "clip_fraction_high": surrogate.clipped_high,
         "dual_clip_fraction": surrogate.dual_clipped,
-        "selected_fraction": selected,
+        "selected_fraction": inputs.selected,
         "ratio_mean": surrogate.ratio,
         "approx_kl_k1": -log_ratio,
         "approx_kl_k3": torch.expm1(clamped) - clamped,
         "logp_gap_mean_abs": log_ratio.abs(),
-        "entropy": never if entropy is None else entropy,
-        "kl_ref": never if terms.kl is None else terms.kl,
-        "tis_weight_mean": never if inputs.tis_weight is None else inputs.tis_weight,
-        "tis_clip_fraction": never if inputs.tis_clipped is None else inputs.tis_clipped,
+        "entropy": entropy,
+        "kl_ref": terms.kl,
+        "tis_weight_mean": inputs.tis_weight,
+        "tis_clip_fraction": inputs.tis_clipped,
     }
-    values = {name: _mean(tokens, mask, dtype) for name, tokens in means.items()}
+    num_tokens, nothing = mask.sum(), loss.new_zeros(())
+    divisor = num_tokens.clamp(min=1)
+    totals = {name: _total(tokens, mask, dtype) for name, tokens in means.items() if tokens is not None}
+    values = {name: totals[name] / divisor if name in totals else nothing for name in means}
     values["num_tokens"] = num_tokens.to(dtype)
-    values["dropped_tokens"] = (selected if cfg.kind == "clip_cov" else never).sum().to(dtype)
+    values["dropped_tokens"] = totals.get("selected_fraction", nothing) if cfg.kind == "clip_cov" else nothing
     values["ess"] = _effective_share(surrogate.ratio, mask)
     values["loss"], values["policy_loss"] = loss, policy
     head = torch.stack([values[name] for name in METRICS if name not in QUANTILES])
@@ -139,7 +140,6 @@ def metric_vector(
     return torch.cat([head, tail])
 
 
-def _mean(tokens: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0-d mean of `tokens` [N], numbers or flags, over the action tokens; 0 if there are none."""
-    total = torch.where(mask, tokens, 0).sum()
-    return total.to(dtype) / mask.sum().clamp(min=1)
+def _total(tokens: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0-d sum of `tokens` [N], numbers or flags, over the action tokens."""
+    return (tokens & mask if tokens.dtype == torch.bool else torch.where(mask, tokens, 0)).sum().to(dtype)

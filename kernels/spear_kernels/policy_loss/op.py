@@ -81,14 +81,14 @@ def policy_loss(
     choice of tokens, and what depends on whole sequences, comes from sorts before it: the ratio of "gspo", the lengths
     of "seq-mean-token-mean", and num_seqs of every "seq-mean-*" when it is not given.
 
-    Metrics are detached 0-d tensors. Over calls `num_tokens` and `dropped_tokens` (those whose surrogate Clip-Cov
-    zeroed) add up, and so do `loss` and `policy_loss`, which share the loss's denominators. Means over this call's
-    action tokens combine weighted by num_tokens: clip_fraction, clip_fraction_low, clip_fraction_high,
-    dual_clip_fraction, selected_fraction, ratio_mean, approx_kl_k1, approx_kl_k3, logp_gap_mean_abs, entropy and
-    kl_ref if given, tis_weight_mean and tis_clip_fraction with sampler_logp. `ess`, the effective sample size of the
-    ratios as a share of the tokens, (sum r)^2 / (n sum r^2), combines through sum r = n ratio_mean and
-    sum r^2 = n ratio_mean^2 / ess. `cov_mean`, and cov_p50, cov_p99 and cov_max, present when the choice was made
-    here, describe the call alone.
+    Metrics are detached 0-d tensors; `join_metrics` combines those of several calls by these rules. `num_tokens` and
+    `dropped_tokens` (those whose surrogate Clip-Cov zeroed) add up, and so do `loss` and `policy_loss`, which share
+    the loss's denominators. Means over this call's action tokens combine weighted by num_tokens: clip_fraction,
+    clip_fraction_low, clip_fraction_high, dual_clip_fraction, selected_fraction, ratio_mean, approx_kl_k1,
+    approx_kl_k3, logp_gap_mean_abs, entropy and kl_ref if given, tis_weight_mean and tis_clip_fraction with
+    sampler_logp. `ess`, the effective sample size of the ratios as a share of the tokens, (sum r)^2 / (n sum r^2),
+    combines through sum r = n ratio_mean and sum r^2 = n ratio_mean^2 / ess. `cov_mean`, and cov_p50, cov_p99 and
+    cov_max, present when the choice was made here, describe the call alone.
 
     Raises:
         ValueError: wrong shape, an argument that `cfg` needs is missing, tis_cap without sampler_logp or the reverse,
