@@ -27,7 +27,7 @@ KERNEL_MODULES = (
 )
 ARCHITECTURES = (80, 90, 100)
 # Most shared memory that a block may ask for, by compute capability (CUDA programming guide, technical specifications).
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # Longest name first: "tcgen05.mma" must not be taken for "mma".
 TENSOR_CORE_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 
@@ -115,6 +115,11 @@ def _source(production: Production) -> Any:
     )
 
 
+def specialised_counts(kernel: Any) -> list[str]:
+    """Counts (arguments named num_*) of a triton.jit function whose value would decide what is compiled."""
+    return [p.name for p in kernel.params if p.name.startswith("num_") and not (p.is_constexpr or p.do_not_specialize)]
+
+
 def tensor_core_instruction(ptx: str) -> str:
     """The tensor-core instruction that PTX text contains, "" if none."""
     return next((name for name in TENSOR_CORE_INSTRUCTIONS if name in ptx), "")
@@ -154,13 +159,15 @@ def _compile_named(job: tuple[str, int]) -> dict[str, Any]:
         "num_warps": production.num_warps,
         "num_stages": production.num_stages,
         "violations": resources.violations(production, arch),
+        "specialised_counts": specialised_counts(production.kernel),
     }
 
 
 def compile_all(names: Iterable[str] | None = None, workers: int = 2) -> list[dict[str, Any]]:
     """Compile the named configurations (all) for each of their architectures, in `workers` processes.
 
-    Returns one dictionary per pair with name, arch, the fields of `Resources`, num_warps, num_stages and violations.
+    Returns one dictionary per pair with name, arch, the fields of `Resources`, num_warps, num_stages, violations and
+    specialised_counts.
     """
     wanted = None if names is None else set(names)
     jobs = [(p.name, arch) for p in all_productions() if wanted is None or p.name in wanted for arch in p.archs]

@@ -288,8 +288,13 @@ def test_live_rows_beyond_two_to_the_31_elements_are_read(far_and_near):
     for left, right in ((far, near), (near, far)):
         product = live_rows_product(left, right.t(), order, count, torch.zeros(3, 3), tile=SMALL)
         torch.testing.assert_close(product, near.float() @ near.float().T)
+        compact = live_rows_product(left, right.t(), order, count, torch.zeros(3, 3), gather=False, tile=SMALL)
+        torch.testing.assert_close(compact, product, atol=0, rtol=0)
         total = live_rows_outer(left, right, order, count, torch.zeros(16, 16), tile=SMALL)
         torch.testing.assert_close(total, near.float().T @ near.float())
+        kept = {"gather_dz": False, "gather_x": False}
+        compact = live_rows_outer(left, right, order, count, torch.zeros(16, 16), tile=SMALL, **kept)
+        torch.testing.assert_close(compact, total, atol=0, rtol=0)
 
 
 def test_live_rows_beyond_two_to_the_31_elements_are_written(far_and_near):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -239,7 +240,7 @@ def live_rows_product_kernel(
     order,
     count,
     out,
-    num_columns,
+    out_width,
     depth,
     stride_a,
     stride_bk,
@@ -259,7 +260,7 @@ def live_rows_product_kernel(
     """
     live = tl.load(count)
     row_blocks = tl.cdiv(live, BLOCK_M)
-    column_blocks = tl.cdiv(num_columns, BLOCK_N)
+    column_blocks = tl.cdiv(out_width, BLOCK_N)
     index = tl.program_id(0)
     if index >= row_blocks * column_blocks:
         return
@@ -271,7 +272,7 @@ def live_rows_product_kernel(
         rows = tl.load(order + places, mask=row_live, other=0)
     a_rows = a + (rows if GATHER else places) * stride_a
     columns = column_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_live = columns < num_columns
+    column_live = columns < out_width
     b_columns = b + columns * stride_bn
     tile = product_tile(
         a_rows, row_live, b_columns, column_live, depth, 1, stride_bk, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
@@ -284,17 +285,17 @@ def live_rows_product_kernel(
 
 
 @triton.jit
-def add_to(out_rows, row_live, first_column, num_columns, tile, SLICES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def add_to(out_rows, row_live, first_column, width, tile, SLICES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Add a tile [M, N] to memory, N / SLICES columns at a time, so that old values and tile fit the registers."""
     if SLICES > 1:
         HALF: tl.constexpr = N // 2
         left, right = halves(tile, M, N)  # pyright: ignore[reportGeneralTypeIssues]
-        add_to(out_rows, row_live, first_column, num_columns, left, SLICES // 2, M, HALF)
-        add_to(out_rows, row_live, first_column + HALF, num_columns, right, SLICES // 2, M, HALF)
+        add_to(out_rows, row_live, first_column, width, left, SLICES // 2, M, HALF)
+        add_to(out_rows, row_live, first_column + HALF, width, right, SLICES // 2, M, HALF)
     else:
         columns = first_column + tl.arange(0, N)
         where = out_rows[:, None] + columns[None, :]
-        mask = row_live[:, None] & (columns < num_columns)[None, :]
+        mask = row_live[:, None] & (columns < width)[None, :]
         tl.store(where, tl.load(where, mask=mask, other=0.0) + tile, mask=mask)
 
 
@@ -350,7 +351,7 @@ def live_rows_outer_kernel(
     add_to(out + tokens * width, token_live, column_block * BLOCK_N, width, tile, SLICES, BLOCK_M, BLOCK_N)
 
 
-TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # float16 differs from bfloat16 in nothing here.
 FORWARD = {
     "hidden": "*{}:16",
     "weight": "*{}:16",
@@ -365,13 +366,14 @@ FORWARD = {
     "temperature_value": "fp32",
     "softcap": "fp32",
 }
+FORWARD_OPTIONS = {"bias": "*{}:16", "temperature": "*fp32:16"}
 PRODUCT = {
     "a": "*{}:16",
     "b": "*{}:16",
     "order": "*i64:16",
     "count": "*i32:16",
     "out": "*{}:16",
-    "num_columns": "i32:16",
+    "out_width": "i32:16",
     "depth": "i32:16",
     "stride_a": "i32:16",
     "stride_out": "i32:16",
@@ -389,62 +391,62 @@ OUTER = {
 }
 
 
-def _production(
-    name: str, kernel: Any, tile: Tile, dtype: torch.dtype, arch: int, signature: dict[str, str], **constants: Any
-) -> Production:
-    kind = TYPE_NAMES[dtype]
-    return Production(
-        name=f"{name} {kind}" + (" sm_80" if arch == 80 else ""),
-        kernel=kernel,
-        signature={key: value.format(kind) for key, value in signature.items()},
-        constants={**tile.constants(dtype), **constants},
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        max_registers=255,
-        max_spill_bytes=48,
-        max_shared_bytes=160 << 10 if arch == 80 else 200 << 10,
-        archs=(80,) if arch == 80 else (90, 100),
-    )
+@dataclass(frozen=True)
+class _Target:
+    """A data type and the architectures that launch the same tiles for it."""
+
+    dtype: torch.dtype
+    archs: tuple[int, ...]
+    suffix: str
+    max_shared_bytes: int
+
+    def production(self, name: str, kernel: Any, tile: Tile, signature: dict[str, str], **constants: Any) -> Production:
+        """`kernel` on this target; "{}" in a type of `signature` stands for the data type."""
+        kind = TYPE_NAMES[self.dtype]
+        return Production(
+            name=f"{name}-{kind}{self.suffix}",
+            kernel=kernel,
+            signature={key: value.format(kind) for key, value in signature.items()},
+            constants={**tile.constants(self.dtype), **constants},
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            max_registers=255,
+            max_spill_bytes=64,
+            max_shared_bytes=self.max_shared_bytes,
+            archs=self.archs,
+        )
 
 
-def _forward_productions(dtype: torch.dtype, arch: int) -> tuple[Production, ...]:
-    tile, kernel = forward_tile(dtype, arch), fused_partials_kernel
-    plain = {"bias": None, "temperature": None, "HAS_SOFTCAP": False, "SLICES": tile.slices}
-    every = {"HAS_SOFTCAP": True, "SLICES": tile.slices}
-    signature = {**FORWARD, "bias": "*{}:16", "temperature": "*fp32:16"}
-    return (
-        _production("fused_partials", kernel, tile, dtype, arch, FORWARD, **plain),
-        _production("fused_partials bias temperatures soft-cap", kernel, tile, dtype, arch, signature, **every),
-    )
-
-
-def _product_productions(dtype: torch.dtype, arch: int) -> tuple[Production, ...]:
-    tile, kernel = product_tile_of(dtype, arch), live_rows_product_kernel
+def _productions(target: _Target) -> tuple[Production, ...]:
+    """The leanest and the fullest variant of the forward kernel, the others as the operators call them."""
+    dtype, arch = target.dtype, target.archs[0]
+    forward, product, outer = forward_tile(dtype, arch), product_tile_of(dtype, arch), outer_tile(dtype, arch)
+    lean = {"bias": None, "temperature": None, "HAS_SOFTCAP": False, "SLICES": forward.slices}
+    full = {"HAS_SOFTCAP": True, "SLICES": forward.slices}
     logits = {"bias": None, "stride_bk": 1, "GATHER": True, "SCATTER": False}
-    gradient = {"bias": None, "stride_bn": 1, "GATHER": False, "SCATTER": True}
-    logits_signature = {**PRODUCT, "out": "*fp32:16", "stride_bn": "i32:16"}
+    hidden = {"bias": None, "stride_bn": 1, "GATHER": False, "SCATTER": True}
+    weight = {"GATHER_DZ": True, "GATHER_X": True, "SLICES": outer.slices}
     return (
-        _production("live_rows_product logits", kernel, tile, dtype, arch, logits_signature, **logits),
-        _production(
-            "live_rows_product hidden", kernel, tile, dtype, arch, {**PRODUCT, "stride_bk": "i32:16"}, **gradient
+        target.production("fused_partials-lean", fused_partials_kernel, forward, FORWARD, **lean),
+        target.production("fused_partials-full", fused_partials_kernel, forward, FORWARD | FORWARD_OPTIONS, **full),
+        target.production(
+            "live_rows_product-logits",
+            live_rows_product_kernel,
+            product,
+            {**PRODUCT, "out": "*fp32:16", "stride_bn": "i32:16"},
+            **logits,
         ),
+        target.production(
+            "live_rows_product-hidden", live_rows_product_kernel, product, {**PRODUCT, "stride_bk": "i32:16"}, **hidden
+        ),
+        target.production("live_rows_outer", live_rows_outer_kernel, outer, OUTER, **weight),
     )
 
 
-def _outer_productions(dtype: torch.dtype, arch: int) -> tuple[Production, ...]:
-    tile, kernel = outer_tile(dtype, arch), live_rows_outer_kernel
-    gathered = {"GATHER_DZ": True, "GATHER_X": True, "SLICES": tile.slices}
-    compact = {"GATHER_DZ": False, "GATHER_X": True, "SLICES": tile.slices}
-    return (
-        _production("live_rows_outer", kernel, tile, dtype, arch, OUTER, **gathered),
-        _production("live_rows_outer compact dz", kernel, tile, dtype, arch, OUTER, **compact),
-    )
-
-
-PRODUCTION = tuple(
-    production
-    for dtype in (torch.bfloat16, torch.float32)
-    for arch in (80, 90)
-    for family in (_forward_productions, _product_productions, _outer_productions)
-    for production in family(dtype, arch)
+TARGETS = (
+    _Target(torch.bfloat16, (90, 100), "", 200 << 10),
+    _Target(torch.bfloat16, (80,), "-sm_80", 100 << 10),
+    _Target(torch.bfloat16, (86,), "-small", 50 << 10),
+    _Target(torch.float32, (80, 90, 100), "", 34 << 10),
 )
+PRODUCTION = tuple(production for target in TARGETS for production in _productions(target))
