@@ -107,13 +107,14 @@ def test_inductor_gives_the_same():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck(kind):
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float64), ("triton", torch.float32)])
+def test_opcheck(kind, backend, dtype):
     cfg, p = policy_config(kind, tis_cap=1.2), policy_problem(30)
-    t = tensors_of(p, torch.float64, p.selection(cfg))
+    t = tensors_of(p, dtype, p.selection(cfg))
     for count, count_int in ((None, None), (torch.tensor(20), None), (None, 20)):
         arguments = (
             t["logp"], t["entropy"], t["old_logp"], t["advantages"], t["mask"], t["seq_ids"], t["ref_logp"],
             t["row_weight"], t["positions"], t["selected"], t["sampler_logp"], count, count_int, 3,
-            cfg.kind, cfg.aggregation, cfg.kl_kind, cfg.numbers(), "torch",
+            cfg.kind, cfg.aggregation, cfg.kl_kind, cfg.numbers(), backend,
         )  # fmt: skip
         torch.library.opcheck(policy_loss_op, arguments)

@@ -212,7 +212,7 @@ def load_float(pointer, row, active, default):
 
 @triton.jit
 def put_sum(sums, SLOT: tl.constexpr, values, active):
-    """Store the float64 sum of the active values."""
+    """Store the float64 sum of the active values, numbers or flags."""
     tl.store(sums + SLOT, tl.sum(tl.where(active, values.to(tl.float64), 0.0), axis=0))
 
 
@@ -274,6 +274,14 @@ def put_ratio_sums(sums, logp, old_logp, ratio, active):
 
 
 @triton.jit
+def put_covariance_sums(sums, logp, advantage, active):
+    """Sums that give mean((A - mean A)(logp - mean logp)) = mean(A logp) - mean A mean logp."""
+    put_sum(sums, _COV_MEAN, advantage.to(tl.float64) * logp, active)
+    put_sum(sums, _ADVANTAGE, advantage, active)
+    put_sum(sums, _LOGP, logp, active)
+
+
+@triton.jit
 def put_flag_sums(sums, clipped_low, clipped_high, dual_clipped, chosen, active, KIND: tl.constexpr):
     """Counts of clipped and chosen tokens."""
     put_sum(sums, _CLIPPED, clipped_low | clipped_high, active)
@@ -282,6 +290,22 @@ def put_flag_sums(sums, clipped_low, clipped_high, dual_clipped, chosen, active,
     put_sum(sums, _DUAL_CLIPPED, dual_clipped, active)
     put_sum(sums, _SELECTED, chosen, active)
     put_sum(sums, _DROPPED, chosen & (KIND == _CLIP_COV), active)
+
+
+@triton.jit
+def sampler_weighted(weight, sums, old_logp, sampler_logp_in, tis_cap, row, active):
+    """`weight` times the truncated importance weight, whose sums are stored; `weight` if there is no sampler."""
+    importance = tl.full(row.shape, 0.0, tl.float32)
+    truncated = row < 0
+    if sampler_logp_in is not None:
+        gap = old_logp - load_float(sampler_logp_in, row, active, 0.0)
+        importance = tl.exp(bounded(gap, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+        truncated = importance > tis_cap
+        importance = tl.where(truncated, tis_cap, importance)
+        weight = weight * importance
+    put_sum(sums, _TIS_WEIGHT, importance, active)
+    put_sum(sums, _TIS_CLIPPED, truncated, active)
+    return weight
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -342,17 +366,7 @@ def policy_loss_kernel(
     if selected_in is not None:
         chosen = tl.load(selected_in + row, mask=active, other=0)
     sums += program.to(tl.int64) * _SLOTS
-    if sampler_logp_in is not None:
-        gap = bounded(old_logp - load_float(sampler_logp_in, row, active, 0.0), -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-        importance = tl.exp(gap)
-        truncated = importance > tis_cap
-        importance = tl.where(truncated, tis_cap, importance)
-        weight = weight * importance
-        put_sum(sums, _TIS_WEIGHT, importance, active)
-        put_sum(sums, _TIS_CLIPPED, truncated, active)
-    else:
-        put_sum(sums, _TIS_WEIGHT, weight, row < 0)
-        put_sum(sums, _TIS_CLIPPED, weight, row < 0)
+    weight = sampler_weighted(weight, sums, old_logp, sampler_logp_in, tis_cap, row, active)
     policy, kl, d_logp, ratio, clipped_low, clipped_high, dual_clipped = token_terms(
         logp,
         old_logp,
@@ -387,11 +401,9 @@ def policy_loss_kernel(
     put_sum(sums, _NUM_TOKENS, tl.where(active, 1.0, 0.0), active)
     put_flag_sums(sums, clipped_low, clipped_high, dual_clipped, chosen, active, KIND)
     put_ratio_sums(sums, logp, old_logp, ratio, active)
+    put_covariance_sums(sums, logp, advantage, active)
     put_sum(sums, _ENTROPY, entropy, active)
     put_sum(sums, _KL_REF, kl, active)
-    put_sum(sums, _COV_MEAN, advantage.to(tl.float64) * logp, active)
-    put_sum(sums, _ADVANTAGE, advantage, active)
-    put_sum(sums, _LOGP, logp, active)
     # The barrier orders the stores of all warps before the counter, which publishes them to the last program.
     tl.debug_barrier()
     ticket = tl.atomic_add(finished, 1, sem="acq_rel", scope="gpu")
