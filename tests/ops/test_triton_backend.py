@@ -1,4 +1,4 @@
-"""The operators with backend="triton" in the interpreter: equal to float64, also where the host may not look at rows."""
+"""The operators with backend="triton" in the interpreter: equal to float64, also where the host may not look."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def linear_statistics(
 @linear_statistics.register_fake
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor, *rest: Any) -> Any:
     # Logits are never kept in a compiled graph, where the number of rows that enter would be unknown.
-    num_rows, dtype = len(ids), compute_dtype(hidden, weight)
+    num_rows, dtype = ids.shape[0], compute_dtype(hidden, weight)
     vectors = hidden.new_empty(num_rows, dtype=dtype), hidden.new_empty(num_rows, dtype=dtype)
     return *vectors, hidden.new_empty(4, num_rows, dtype=dtype), hidden.new_empty(0, rest[4], dtype=dtype)
 
@@ -122,7 +122,7 @@ def fake_gradients(hidden: torch.Tensor, weight: torch.Tensor, wanted: Wanted) -
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else hidden.new_empty(0),
         weight.new_empty(weight.shape, dtype=dtype) if wanted[1] else hidden.new_empty(0),
-        weight.new_empty(len(weight), dtype=dtype) if wanted[2] else hidden.new_empty(0),
+        weight.new_empty(weight.shape[0], dtype=dtype) if wanted[2] else hidden.new_empty(0),
     )
 
 

@@ -78,7 +78,7 @@ def linear_policy_sweep(
     if d_hidden is not None:
         d_hidden = plan.spread(d_hidden, dim=0)
     table, d_logp = plan.spread(table), plan.spread(d_logp)
-    d_entropy = plan.spread(d_entropy) if len(d_entropy) else d_entropy
+    d_entropy = plan.spread(d_entropy) if cfg.entropy_coef else d_entropy
     anchor = table.new_zeros(())
     gradients = filled((d_hidden, d_weight, d_bias), hidden)
     return Swept(anchor, table[0].clone(), table[1].clone(), table, d_logp, d_entropy, *gradients)
@@ -110,7 +110,7 @@ def _counts_on_device(
 @linear_policy_sweep.register_fake
 def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor, *rest: Any) -> Swept:
     numbers, wanted = rest[-2:]
-    num_rows, dtype = len(ids), compute_dtype(hidden, weight)
+    num_rows, dtype = ids.shape[0], compute_dtype(hidden, weight)
 
     def empty(*shape: int) -> torch.Tensor:
         return hidden.new_empty(shape, dtype=dtype)
@@ -140,13 +140,16 @@ def _hand_over(ctx: Any, factor: torch.Tensor | None, *_: None) -> tuple[torch.T
         kept = ctx.gradients.pop()
         scaled = tuple(_scaled(gradient, factor, tensor) for gradient, tensor in zip(kept, inputs, strict=True))
     else:
-        entropy_part = d_entropy * factor if len(d_entropy) else None
+        entropy_part = d_entropy * factor if d_entropy.shape == d_logp.shape else None
         scaled = linear_gradient(*tensors, temperature, *ctx.settings, saved, d_logp * factor, entropy_part, ctx.wanted)
     return *gradients_of_type(scaled, inputs, ctx.wanted), *(None,) * (_NUM_ARGUMENTS - 3)
 
 
 def _scaled(gradient: torch.Tensor, factor: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor:
     """gradient * factor in the type of `tensor`, rounded once."""
+    if type(gradient) is not torch.Tensor:
+        # A compiler traces this: it plans memory itself, and an output of the forward may not change.
+        return gradient * factor
     if tensor is None or gradient.dtype == tensor.dtype:
         return gradient.mul_(factor)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=tensor.dtype))

@@ -55,9 +55,10 @@ def _statistics(
 
 @_statistics.register_fake
 def _(logits: torch.Tensor, ids: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, Saved]:
-    dtype = compute_dtype(logits)
-    logp, entropy = logits.new_empty(len(logits), dtype=dtype), logits.new_empty(len(logits), dtype=dtype)
-    return logp, entropy, logits.new_empty(4, len(logits), dtype=dtype)
+    # len() would turn the number of rows into a constant of the graph.
+    num_rows, dtype = logits.shape[0], compute_dtype(logits)
+    vectors = logits.new_empty(num_rows, dtype=dtype), logits.new_empty(num_rows, dtype=dtype)
+    return *vectors, logits.new_empty(4, num_rows, dtype=dtype)
 
 
 _GRADIENT = f"Tensor ids, Tensor saved, Tensor d_logp, Tensor? d_entropy, {_SCALING}, str backend"

@@ -46,23 +46,34 @@ def tiles(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -
         yield slice(start, min(start + step, num_rows))
 
 
-def tile_partials_(z: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial statistics [4, n] of one tile of scaled logits z [n, V], and its softmax [n, V]; z becomes z - peak.
+@dataclass(frozen=True)
+class Weighing:
+    """Probabilities of a tile as weights * factor, which saves a pass over the tile."""
+
+    weights: torch.Tensor  # [n, V]
+    factor: torch.Tensor  # [n]
+
+
+def tile_partials_(z: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, Weighing]:
+    """Partial statistics [4, n] of one tile of scaled logits z [n, V], and its probabilities; z becomes z - peak.
 
     The four are peak, total = sum exp(z - peak), weighted = sum exp(z - peak) (z - peak) and the logit of the token;
     an id outside 0..V-1 belongs to another shard of the vocabulary and has logit -inf here.
     """
     target = target_logit(z, ids)
     if z.shape[1] == 0:
-        return torch.stack([target, torch.zeros_like(target), torch.zeros_like(target), target]), z
+        nothing = torch.zeros_like(target)
+        return torch.stack([target, nothing, nothing, target]), Weighing(z, nothing)
     peak = z.amax(1)
     nothing = peak == -torch.inf
     z.sub_(torch.where(nothing, 0, peak)[:, None]).clamp_(min=FLOOR)
-    probability = torch.softmax(z, 1)
-    # The largest probability is exp(0) / total.
-    total = torch.where(nothing, 0, probability.amax(1).reciprocal_())
-    weighted = torch.linalg.vecdot(probability, z) * total
-    return torch.stack([peak, total, weighted, target]), probability
+    # One fused pass; torch's normaliser is off by 1e-5 at times, so that the result is normalised once more.
+    weights = torch.softmax(z, 1)
+    mass, largest = weights.sum(1), weights.amax(1)
+    # The largest weight is exp(0) / normaliser.
+    total = torch.where(nothing, 0, mass / largest)
+    weighted = torch.where(nothing, 0, torch.linalg.vecdot(weights, z) / largest)
+    return torch.stack([peak, total, weighted, target]), Weighing(weights, mass.reciprocal())
 
 
 def target_logit(z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -100,8 +111,8 @@ def tile_gradient_(
     """
     slope = scaling.slope(z)
     shifted = z.sub_(stats.peak[:, None]).clamp_(min=FLOOR)
-    probability = shifted.exp().mul_(torch.exp(-stats.log_total)[:, None])
-    return _gradient_(shifted, probability, ids, stats, coefficients, scaling, slope)
+    weighing = Weighing(shifted.exp(), torch.exp(-stats.log_total))
+    return _gradient_(shifted, weighing, ids, stats, coefficients, scaling, slope)
 
 
 def tile_sweep_(
@@ -112,15 +123,15 @@ def tile_sweep_(
     Returns the statistics [4, n]. One exponential per logit serves the statistics and the gradient.
     """
     slope = scaling.slope(z)
-    partials, probability = tile_partials_(z, ids)
+    partials, weighing = tile_partials_(z, ids)
     table = combine(partials[None])
-    _gradient_(z, probability, ids, RowStatistics.of(table), loss(table[0]), scaling, slope)
+    _gradient_(z, weighing, ids, RowStatistics.of(table), loss(table[0]), scaling, slope)
     return table
 
 
 def _gradient_(
     shifted: torch.Tensor,
-    probability: torch.Tensor,
+    weighing: Weighing,
     ids: torch.Tensor,
     stats: RowStatistics,
     coefficients: Coefficients,
@@ -130,11 +141,12 @@ def _gradient_(
     """The gradient in raw logits, written over z - peak [n, V]; log p is that less log_total."""
     d_logp, d_entropy = (None if part is None else scaling.per_unit(part) for part in coefficients)
     assert d_logp is not None
+    weights, factor = weighing.weights, weighing.factor
     if d_entropy is None:
-        torch.mul(probability, -d_logp[:, None], out=shifted)
+        torch.mul(weights, (-d_logp * factor)[:, None], out=shifted)
     else:
         offset = -d_logp - d_entropy * (stats.entropy - stats.log_total)
-        shifted.mul_(-d_entropy[:, None]).add_(offset[:, None]).mul_(probability)
+        shifted.mul_((-d_entropy * factor)[:, None]).add_((offset * factor)[:, None]).mul_(weights)
     if shifted.shape[1]:
         inside, column = _columns(shifted, ids)
         shifted.scatter_add_(1, column[:, None], torch.where(inside, d_logp, 0)[:, None])
