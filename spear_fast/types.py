@@ -167,7 +167,7 @@ class MicroBatch:
     predictors: torch.Tensor  # int64 [N], index into T
     targets: torch.Tensor  # int64 [N]
     old_logp: torch.Tensor  # float32 [N]
-    advantages: torch.Tensor  # float32 [N]
+    advantages: torch.Tensor  # float32 [N], always on the CPU: the loss plans by it which rows need a gradient
     seq_ids: torch.Tensor  # int64 [N], the row's uid
     positions: torch.Tensor  # int64 [N], rank of the token among its row's action tokens
     row_index: torch.Tensor  # int64 [R], place of each sequence in the list that was packed

@@ -185,7 +185,8 @@ def run_ranks(work: Callable[[int], Any], world_size: int, folder: Path) -> list
     # this process's sys.path, so what is tested must not be preloaded.
     multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed"])
     arguments = (work, world_size, str(folder))
-    torch.multiprocessing.start_processes(_run_rank, arguments, nprocs=world_size, start_method="forkserver")
+    start = torch.multiprocessing.start_processes  # pyright: ignore[reportPrivateImportUsage]
+    start(_run_rank, arguments, nprocs=world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spear_kernels.ranks import all_max, all_sum, resolve_group
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -56,7 +58,7 @@ class VocabShard:
             return partials
         import torch.distributed as dist
 
-        group = self._resolve()
+        group = resolve_group(self.group)
         everyone = partials.new_empty(group.size() * len(partials), *partials.shape[1:])
         dist.all_gather(list(everyone.chunk(group.size())), partials.contiguous(), group=group)
         return everyone
@@ -67,22 +69,9 @@ class VocabShard:
             return width
         import torch.distributed as dist
 
-        group = self._resolve()
-        device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
-        largest = torch.tensor(width, device=device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        return int(largest)
+        device = torch.device("cuda" if dist.get_backend(resolve_group(self.group)) == "nccl" else "cpu")
+        return int(all_max(torch.tensor(width, device=device), self.group))
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up `tensor` over the ranks, in place."""
-        if not self.is_whole:
-            import torch.distributed as dist
-
-            dist.all_reduce(tensor, group=self._resolve())
-        return tensor
-
-    def _resolve(self) -> ProcessGroup:
-        # The public functions of torch.distributed take no name; its functional collectives resolve it with this one.
-        from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
-
-        return _resolve_process_group(self.group)  # pyright: ignore[reportArgumentType]
+        return all_sum(tensor, None if self.is_whole else self.group)

@@ -54,8 +54,8 @@ def collate(rows: Sequence[Row], index: Sequence[int], device: torch.device | st
     actions_before = np.concatenate([[0], np.cumsum(mask)])[starts[row_of_action]]
     tokens = np.concatenate([row.tokens for row in chosen])
 
-    def action_values(arrays: list[np.ndarray]) -> torch.Tensor:
-        return _tensor(np.concatenate(arrays)[actions], np.float32, device)
+    def action_values(arrays: list[np.ndarray], place: torch.device | str = device) -> torch.Tensor:
+        return _tensor(np.concatenate(arrays)[actions], np.float32, place)
 
     return MicroBatch(
         input_ids=_tensor(tokens, np.int64, device),
@@ -64,7 +64,7 @@ def collate(rows: Sequence[Row], index: Sequence[int], device: torch.device | st
         predictors=_tensor(actions - 1, np.int64, device),
         targets=_tensor(tokens[actions], np.int64, device),
         old_logp=action_values([row.old_logp for row in chosen]),
-        advantages=action_values([row.advantages for row in chosen]),
+        advantages=action_values([row.advantages for row in chosen], "cpu"),
         seq_ids=_tensor(np.array([row.uid for row in chosen])[row_of_action], np.int64, device),
         positions=_tensor(np.arange(len(actions)) - actions_before, np.int64, device),
         row_index=_tensor(np.asarray(index), np.int64, device),

@@ -150,7 +150,7 @@ class Updater:
         def all_parts(name: str) -> torch.Tensor:
             return torch.cat([getattr(part.batch, name) for part in planned])
 
-        advantages = all_parts("advantages")
+        advantages = all_parts("advantages").to(logp.device, non_blocking=True)
         selected = covariance_select(
             logp,
             all_parts("old_logp"),

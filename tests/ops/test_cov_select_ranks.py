@@ -5,18 +5,16 @@ Four processes are started once; they run every case as a group of four and, in 
 
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from spear_kernels import PolicyLossConfig, covariance_select
 from spear_kernels.cov_select import covariance, covariance_metrics, covariance_select_reference, select_by_covariance
-from spear_kernels.testing import policy_problem
+from spear_kernels.testing import policy_problem, run_ranks
 
 WORLD = 4
 PAIRS = ((0, 1), (3, 2))
@@ -148,9 +146,7 @@ def refusal(group):
     return str(refused.value)
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
+def work(rank):
     pairs = [dist.new_group(list(ranks), sort_ranks=False) for ranks in PAIRS]
     pair = next(group for group, ranks in zip(pairs, PAIRS, strict=True) if rank in ranks)
     found = {}
@@ -165,18 +161,12 @@ def work(rank, folder):
         found["compiled"] = run_compiled(pair)
     found["sent"] = [sent_elements(pair, num_rows) for num_rows in (40, 400)]
     found["refusal"] = refusal(pair)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    # A fork server imports torch once for all processes, and holds no thread that a fork could lose. It does not know
-    # this process's sys.path, so what is tested must not be preloaded.
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed"])
-    mp.start_processes(work, (str(folder),), nprocs=WORLD, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return run_ranks(work, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 def members(ranks, size):

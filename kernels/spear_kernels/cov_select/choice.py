@@ -6,7 +6,7 @@ import torch
 
 from spear_kernels.cov_select.draw import priorities
 from spear_kernels.cov_select.radix import kth_smallest, ordered_key
-from spear_kernels.cov_select.ranks import all_sum, sum_of_earlier_ranks
+from spear_kernels.ranks import all_sum, sum_of_earlier_ranks
 
 
 def _first_rows(rows: torch.Tensor, count: torch.Tensor, group: str | None) -> torch.Tensor:

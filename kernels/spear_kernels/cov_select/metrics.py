@@ -8,7 +8,7 @@ import torch
 
 from spear_kernels.cov_select.library import summary_op
 from spear_kernels.cov_select.op import all_rows, covariance
-from spear_kernels.cov_select.ranks import group_name
+from spear_kernels.ranks import group_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -14,7 +14,7 @@ import torch
 from spear_kernels.checks import require_shape
 from spear_kernels.cov_select.draw import signed_word
 from spear_kernels.cov_select.library import choose_op, covariance_op
-from spear_kernels.cov_select.ranks import group_name
+from spear_kernels.ranks import group_name
 from spear_kernels.ratio import clamp_log_ratio, clip_binds
 from spear_kernels.segment_reduce import segment_index, segment_rank
 

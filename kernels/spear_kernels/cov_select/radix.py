@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from spear_kernels.cov_select.ranks import all_sum
+from spear_kernels.ranks import all_sum
 
 _BITS = 13
 """Five rounds of 64 KiB: on CPU as fast as four of 512 KiB for 1 M rows, and faster for 10 k."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from spear_kernels.cov_select.ranks import all_max, all_sum
+from spear_kernels.ranks import all_max, all_sum
 
 _LIMB_BITS = 30
 

@@ -83,6 +83,7 @@ def absorb_raw(
     first_column,
     bias,
     wanted,
+    holds_target,
     inverse,
     vocab_size,
     softcap,
@@ -107,6 +108,7 @@ def absorb_raw(
             first_column,
             bias,
             wanted,
+            holds_target,
             inverse,
             vocab_size,
             softcap,
@@ -124,6 +126,7 @@ def absorb_raw(
             first_column + HALF,
             bias,
             wanted,
+            holds_target,
             inverse,
             vocab_size,
             softcap,
@@ -141,8 +144,9 @@ def absorb_raw(
         z, _ = soft_cap(z, softcap, HAS_SOFTCAP)  # pyright: ignore[reportGeneralTypeIssues]
         z = tl.where(column_live[None, :], z * inverse[:, None], float("-inf"))
         peak, total, weighted = fold_block(peak, total, weighted, z, LOG2_E)  # pyright: ignore[reportGeneralTypeIssues]
-        hit = (columns[None, :] == wanted[:, None]) & column_live[None, :]
-        target = tl.maximum(target, tl.max(tl.where(hit, z, float("-inf")), 1))
+        if holds_target:
+            hit = columns[None, :] == wanted[:, None]
+            target = tl.maximum(target, tl.max(tl.where(hit, z, float("-inf")), 1))
     return peak, total, weighted, target
 
 
@@ -193,6 +197,8 @@ def fused_partials_kernel(
     blocks = tl.cdiv(vocab_size, BLOCK_N)
     for block in range(blocks * split // num_splits, blocks * (split + 1) // num_splits):
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        # With a large vocabulary most blocks hold the target of none of the rows.
+        holds_target = tl.max((wanted // BLOCK_N == block).to(tl.int32), 0) > 0
         tile = product_tile(
             hidden + rows * stride_hidden,
             row_live,
@@ -215,6 +221,7 @@ def fused_partials_kernel(
             block * BLOCK_N,
             bias,
             wanted,
+            holds_target,
             inverse,
             vocab_size,
             softcap,

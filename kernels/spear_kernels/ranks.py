@@ -15,7 +15,8 @@ def group_name(group: ProcessGroup | None) -> str | None:
     return None if group is None or group.size() == 1 else group.group_name
 
 
-def _resolve(name: str) -> ProcessGroup:
+def resolve_group(name: str) -> ProcessGroup:
+    """The group of that name."""
     # The public functions of torch.distributed take no name; torch's functional collectives resolve it with this one.
     from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 
@@ -27,7 +28,7 @@ def all_sum(values: torch.Tensor, group: str | None) -> torch.Tensor:
     if group is not None:
         import torch.distributed as dist
 
-        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=_resolve(group))
+        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=resolve_group(group))
     return values
 
 
@@ -36,7 +37,7 @@ def all_max(values: torch.Tensor, group: str | None) -> torch.Tensor:
     if group is not None:
         import torch.distributed as dist
 
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_resolve(group))
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=resolve_group(group))
     return values
 
 
@@ -44,7 +45,7 @@ def sum_of_earlier_ranks(value: torch.Tensor, group: str | None) -> torch.Tensor
     """The sum of a 0-d `value` over the ranks before this one."""
     if group is None:
         return torch.zeros_like(value)
-    members = _resolve(group)
+    members = resolve_group(group)
     by_rank = value.new_zeros(members.size())
     by_rank[members.rank()] = value
     return all_sum(by_rank, group)[: members.rank()].sum()
