@@ -139,6 +139,14 @@ def test_a_target_outside_the_shard_is_minus_infinity_and_changes_no_sum():
     torch.testing.assert_close(elsewhere[:, :3], here[:, :3], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("token", [0, 31, 32, 63, 64, 99])
+def test_a_target_is_found_in_whichever_block_holds_it(token):
+    hidden, weight, bias, _ = head(32, 16, 100)
+    ids = torch.full((32,), token)
+    partials = fused_partials(hidden, weight, bias, ids, None, 1.0, 0.0, 100, 2, SMALL)
+    assert_statistics(partials, scaled_logits(hidden, weight, bias, 1.0, 0.0, 100), ids)
+
+
 def test_a_certain_token_has_log_probability_zero_and_never_above():
     hidden, weight, _, ids = head(9, 16, 70)
     bias = torch.zeros(70)
@@ -302,6 +310,22 @@ def test_live_rows_beyond_two_to_the_31_elements_are_written(far_and_near):
     square = torch.randn(16, 16).half()
     live_rows_product(near, square, torch.arange(3), int32(3), far, tile=SMALL)
     torch.testing.assert_close(far.clone(), (near.float() @ square.float()).half(), atol=2e-3, rtol=2e-3)
+
+
+def test_matrices_need_not_be_contiguous():
+    wide, order, count = torch.randn(21, 80), torch.randperm(21), int32(13)
+    hidden, weight = wide[:, ::2], torch.randn(40, 50).t()
+    z = hidden.double() @ weight.double().T
+    partials = fused_partials(hidden, weight, None, torch.arange(21), None, 1.0, 0.0, 50, 2, SMALL)
+    assert_statistics(partials, z, torch.arange(21))
+    padded = torch.full((21, 64), 7.0)
+    live_rows_product(hidden, weight.t(), order, count, padded[:, :50], tile=SMALL)
+    rows = order[:13]
+    assert_close_to_truth(padded[rows, :50], z[rows], (hidden @ weight.t())[rows])
+    assert (padded[:, 50:] == 7.0).all()
+    total = live_rows_outer(padded[:, :50], hidden, order, count, torch.zeros(50, 40), tile=SMALL)
+    left, right = padded[rows, :50], hidden[rows]
+    assert_close_to_truth(total, left.double().T @ right.double(), left.T @ right)
 
 
 def test_no_launch_waits_for_the_device():
