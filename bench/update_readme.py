@@ -1,4 +1,4 @@
-"""Writes the README's measured parts from the files under bench/results/.
+"""Writes the measured parts of README.md and kernels/README.md from the files under bench/results/.
 
 python bench/update_readme.py
 """
@@ -12,28 +12,46 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench/results/cpu"
+RESULTS = ROOT / "bench/results"
+PAGES = ("README.md", "kernels/README.md")
 
 
 def main() -> None:
-    """Rewrite README.md in place."""
-    path = ROOT / "README.md"
-    path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrite the pages in place."""
+    for page in PAGES:
+        (ROOT / page).write_text(updated(page), encoding="utf-8")
 
 
-def updated(readme: str) -> str:
-    """Return the README with every marked part replaced by what the result files say."""
-    parts = {
-        "quickstart-results": quickstart_table(json.loads((RESULTS / "quickstart.json").read_text(encoding="utf-8"))),
-        "quickstart-output": fenced((RESULTS / "quickstart.txt").read_text(encoding="utf-8")),
-        "test-output": fenced((RESULTS / "tests.txt").read_text(encoding="utf-8")),
-    }
-    for name, text in parts.items():
-        part = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        readme, count = part.subn(lambda found, text=text: found[1] + text + found[2], readme)
+def updated(page: str) -> str:
+    """Return one of PAGES with every marked part replaced by what the result files say."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, part in _parts(page).items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = marked.subn(lambda found, part=part: found[1] + part + found[2], text)
         if count != 1:
-            sys.exit(f"README.md needs exactly one part <!-- {name} --> ... <!-- end -->, it has {count}")
-    return readme
+            sys.exit(f"{page} needs exactly one part <!-- {name} --> ... <!-- end -->, it has {count}")
+    return text
+
+
+def _parts(page: str) -> dict[str, str]:
+    if page == "kernels/README.md":
+        return {
+            "ops-cpu": ops_table(_json("cpu/ops.json")),
+            "kernel-resources": kernel_table(_json("compile/kernels.json")),
+        }
+    return {
+        "quickstart-results": quickstart_table(_json("cpu/quickstart.json")),
+        "quickstart-output": fenced(_text("cpu/quickstart.txt")),
+        "test-output": fenced(_text("cpu/tests.txt")),
+    }
+
+
+def _text(name: str) -> str:
+    return (RESULTS / name).read_text(encoding="utf-8")
+
+
+def _json(name: str) -> dict[str, Any]:
+    return json.loads(_text(name))
 
 
 def fenced(text: str) -> str:
@@ -43,7 +61,6 @@ def fenced(text: str) -> str:
 
 def quickstart_table(result: dict[str, Any]) -> str:
     """Return the seeds' held-out success before and after as a table with its provenance."""
-    machine = result["machine"]
     lines = [
         "| seed | held-out success, cold-started | after SPEAR | rise | whole command without installation |",
         "|---|---|---|---|---|",
@@ -57,14 +74,70 @@ def quickstart_table(result: dict[str, Any]) -> str:
             f"{run['wall_s']:.0f} s",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     lines.append("")
     lines.append(
         f"{result['runs'][0]['num_tasks']} held-out tasks, 95 % Wilson intervals in brackets. Written by "
-        f"`bench/quickstart.py` at commit {machine['commit']} on {machine['cores']} cores of {machine['processor']}, "
-        f"Python {machine['python']}, {versions}."
+        f"`bench/quickstart.py` {provenance(result['machine'])}."
     )
     return "\n".join(lines) + "\n"
+
+
+def ops_table(result: dict[str, Any]) -> str:
+    """Return one table per measured case: the loss operators beside plain torch and other projects."""
+    lines = []
+    for case in result["cases"]:
+        lines += [
+            f"{case['title']}, forward and backward, {result['threads']} threads, median of {case['repeats']} runs:",
+            "",
+        ]
+        lines += ["| | s | times the floor | extra MiB | log-prob error, p99 nat |", "|---|---|---|---|---|"]
+        measured = {name: run for name, run in case["contenders"].items() if run["status"] == "measured"}
+        floor = measured["floor"]["median_s"]
+        for name, run in sorted(measured.items(), key=lambda entry: entry[1]["median_s"]):
+            memory = (run["peak_extra_bytes"] - (0 if name.startswith("floor") else case["gradient_bytes"])) / 2**20
+            error = run.get("errors", {}).get("logp_p99")
+            cells = [name, f"{run['median_s']:.2f}", f"{run['median_s'] / floor:.2f}", f"{max(memory, 0):.0f}"]
+            lines.append(f"| {' | '.join([*cells, '' if error is None else f'{error:.0e}'])} |")
+        lines.append("")
+    lines.append(
+        "Extra memory is the resident peak beyond inputs and gradients. `floor` is the three matrix products alone. "
+        f"Written by `bench/ops.py` {provenance(result['machine'])}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def kernel_table(result: dict[str, Any]) -> str:
+    """Return what every kernel needs, one row for the architectures that it is compiled for."""
+    kernels: dict[str, list[dict[str, Any]]] = {}
+    for kernel in result["kernels"]:
+        kernels.setdefault(kernel["name"], []).append(kernel)
+    lines = [
+        "| kernel | sm | registers | spilled bytes | shared KiB | warps, stages | tensor cores |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in kernels.items():
+
+        def each(field: str, unit: int = 1, runs: list[dict[str, Any]] = runs) -> str:
+            return " / ".join(str(run[field] // unit) for run in runs)
+
+        spilled = each("spill_bytes") if any(run["spill_bytes"] for run in runs) else "0"
+        cores = " / ".join(dict.fromkeys(run["tensor_core"] for run in runs)) or "none"
+        launch = f"{runs[0]['num_warps']}, {runs[0]['num_stages']}"
+        cells = [f"`{name}`", each("arch"), each("registers"), spilled, each("shared_bytes", 1024), launch, cores]
+        lines.append(f"| {' | '.join(cells)} |")
+    machine = result["machine"]
+    lines += [
+        "",
+        f"Written by `bench/kernel_resources.py`, triton {machine['packages']['triton']}, commit {machine['commit']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def provenance(machine: dict[str, Any]) -> str:
+    """Return commit, processor and versions of a result."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
+    where = f"{machine['cores']} cores of {machine['processor']}, Python {machine['python']}"
+    return f"at commit {machine['commit']} on {where}, {versions}"
 
 
 def _rate(rate: float, interval: list[float]) -> str:
