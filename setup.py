@@ -34,7 +34,7 @@ setup(
     packages=find_packages(include=["spear_fast*"]) + find_packages("kernels"),
     package_dir={"spear_kernels": "kernels/spear_kernels"},
     package_data={"spear_fast": ["py.typed"], "spear_kernels": ["py.typed"]},
-    install_requires=["torch>=2.8", "numpy>=1.26", "pyyaml>=6", "pydantic>=2.7", "rich>=13"],
+    install_requires=["torch>=2.10", "numpy>=1.26", "pyyaml>=6", "pydantic>=2.7", "rich>=13"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["spear-fast = spear_fast.cli:main"]},
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch.multiprocessing
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spear_kernels.checks import host_may_wait
 from spear_kernels.cov_select import covariance_select
 from spear_kernels.linear_logprob.reference import linear_logprob_reference
 from spear_kernels.logprob.reference import logprob_reference
@@ -153,11 +155,13 @@ class OperationRecorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         self.names.add(name)
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_") and _holds_mask(args[1]):
+            self.names.add("index by a mask")
         if name in ("mm", "addmm", "addmm_"):
             left, right = [argument for argument in args if isinstance(argument, torch.Tensor)][-2:]
             self.matrix_flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
                 self.largest_numel = max(self.largest_numel, tensor.numel())
         return result
 
@@ -165,7 +169,38 @@ class OperationRecorder(TorchDispatchMode):
     def host_syncs(self) -> set[str]:
         """Operations seen that make the host wait for a device."""
         waiting = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "unique_dim", "equal"}
-        return self.names & waiting
+        return self.names & (waiting | {"bincount", "repeat_interleave", "index by a mask"})
+
+
+def _holds_mask(indices: Any) -> bool:
+    masks = (torch.bool, torch.uint8)
+    return any(isinstance(index, torch.Tensor) and index.dtype in masks for index in indices)
+
+
+PLANNING_MODULES = ("spear_kernels.linear_logprob.plan", "spear_kernels.linear_policy_loss.op")
+"""Where masks and advantages are looked at, which may lie on the host beside hidden states on a device."""
+
+
+@contextmanager
+def as_if_on_a_device(plan_on_host: bool = False) -> Iterator[None]:
+    """Let tensors on the CPU pass for tensors whose values the host would have to wait for.
+
+    With `plan_on_host` only those that a batch is planned by, its mask and advantages, can be looked at.
+    """
+    original = host_may_wait
+    patched = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("spear_kernels") and hasattr(module, "host_may_wait")
+        if not (plan_on_host and name in PLANNING_MODULES)
+    ]
+    for module in patched:
+        module.host_may_wait = lambda tensor: False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for module in patched:
+            module.host_may_wait = original  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager

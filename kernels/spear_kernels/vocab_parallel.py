@@ -20,8 +20,8 @@ class VocabShard:
     group: str = ""
     """Name of the process group, which is what operators of a compiled graph can carry."""
     offset: int = 0
-    even: bool = True
-    """Whether all ranks hold the same number of columns, padding included."""
+    even_ranks: int = 1
+    """Ranks, if all hold the same number of columns, padding included; else 0."""
 
     @staticmethod
     def of(group: ProcessGroup | None, vocab_offset: int | None, width: int) -> VocabShard:
@@ -30,14 +30,21 @@ class VocabShard:
         Raises:
             ValueError: vocab_offset without group, or negative.
         """
-        if group is None:
-            if vocab_offset is not None:
+        if group is None or (group.size() == 1 and not vocab_offset):
+            if group is None and vocab_offset is not None:
                 raise ValueError(f"vocab_offset={vocab_offset} has no meaning without group; leave it None")
             return VocabShard()
         if vocab_offset is not None and vocab_offset < 0:
             raise ValueError(f"vocab_offset={vocab_offset} must be >= 0, the first token id of this rank's columns")
-        even = vocab_offset is None
-        return VocabShard(group.group_name, group.rank() * width if vocab_offset is None else vocab_offset, even)
+        if vocab_offset is not None:
+            return VocabShard(group.group_name, vocab_offset, 0)
+        return VocabShard(group.group_name, group.rank() * width, group.size())
+
+    def total(self, vocab_size: int | None, width: int) -> int | None:
+        """Columns of the whole vocabulary, if known: `vocab_size` of all, or `width` columns of every rank."""
+        if self.is_whole:
+            return width if vocab_size is None else vocab_size
+        return width * self.even_ranks if self.even_ranks else None
 
     @property
     def is_whole(self) -> bool:
@@ -65,7 +72,7 @@ class VocabShard:
 
     def widest(self, width: int) -> int:
         """The largest number of columns of any rank, so that all cut their rows alike; waits if shards are uneven."""
-        if self.is_whole or self.even:
+        if self.is_whole or self.even_ranks:
             return width
         import torch.distributed as dist
 

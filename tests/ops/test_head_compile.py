@@ -122,13 +122,13 @@ def test_operators_keep_their_word_to_the_compiler(num_rows):
     rows, none = slice(0, num_rows), (None, 0.7, 0.0, VOCAB)
     hidden, ids, weight = head.hidden[rows], head.ids[rows], head.weight
     logits = (hidden @ weight.T).requires_grad_()
-    torch.library.opcheck(_statistics, (logits, ids, *none, "", 0, "torch", False))
-    saved = _statistics(logits, ids, *none, "", 0, "torch", False)[2].detach()
+    torch.library.opcheck(_statistics, (logits, ids, *none, "", 0, 1, "torch", False))
+    saved = _statistics(logits, ids, *none, "", 0, 1, "torch", False)[2].detach()
     rest = (ids, saved, p.old_logp[rows], p.old_logp[rows], *none, "torch")
     torch.library.opcheck(_gradient, (logits.detach(), *rest))
     torch.library.opcheck(_gradient_, (logits.detach().clone(), *rest))
 
-    scaling = Scaling.of(0.7, None, None, num_rows, VOCAB, torch.float64, VocabShard())
+    scaling = Scaling.of(0.7, None, None, hidden, VOCAB, torch.float64, VocabShard())
     settings = head_settings(scaling, VocabShard(), 9 * VOCAB * 8, "torch")
     tensors = (hidden.requires_grad_(), weight.requires_grad_(), head.bias.requires_grad_(), ids)
     torch.library.opcheck(linear_statistics, (*tensors, None, *settings, False))

@@ -14,6 +14,7 @@ from spear_kernels.logprob import logprob_reference
 from spear_kernels.policy_loss.config import AGGREGATIONS, KINDS
 from spear_kernels.testing import (
     OperationRecorder,
+    as_if_on_a_device,
     assert_close_to_truth,
     head_problem,
     head_with_logp,
@@ -24,20 +25,12 @@ from spear_kernels.testing import (
 # More columns than one block of the row kernels has, odd in number; more rows than one tile of the products.
 NUM_ROWS, WIDTH, VOCAB = 83, 40, 523
 CHUNK_BYTES = 47 * VOCAB * 4
-MODULES_THAT_LOOK = (
-    "checks",
-    "linear_logprob.plan",
-    "linear_logprob.rows",
-    "linear_policy_loss.op",
-    "linear_policy_loss.library",
-)
 
 
 @pytest.fixture
-def on_a_device(monkeypatch):
-    """Lets tensors on the CPU pass for tensors whose values the host would have to wait for."""
-    for name in MODULES_THAT_LOOK:
-        monkeypatch.setattr(sys.modules[f"spear_kernels.{name}"], "host_may_wait", lambda tensor: False)
+def on_a_device():
+    with as_if_on_a_device():
+        yield
 
 
 def rounded(problem, dtype):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from spear_kernels import linear_logprob, linear_policy_loss, logprob
-from spear_kernels.testing import head_with_logp, policy_config, policy_problem, run_ranks
+from spear_kernels.testing import head_problem, head_with_logp, policy_config, policy_problem, run_ranks
 
 WORLD = 4
 PAIRS = ((0, 1), (2, 3))
@@ -149,6 +149,34 @@ def messages(group):
     return seen
 
 
+def run_shares(group, widths=(640, 640), vocab_size=700):
+    """Forward of a fused kernel that cuts the columns of the ranks into different numbers of shares."""
+    problem = head_problem(9, WIDTH, sum(widths))
+    hidden, weight, ids = problem.hidden.float(), problem.weight.float(), problem.ids % 700
+    if group is None:
+        return tuple(linear_logprob(hidden, weight, ids, vocab_size=vocab_size))
+    own = slice(0, widths[0]) if group.rank() == 0 else slice(widths[0], None)
+    return tuple(linear_logprob(hidden, weight[own], ids, vocab_size=vocab_size, group=group, backend="triton"))
+
+
+def run_alone():
+    """A group of one rank holds everything, and ids are checked as without a group."""
+    alone = [dist.new_group([rank]) for rank in range(WORLD)][dist.get_rank()]
+    logits = torch.randn(3, 5)
+    with pytest.raises(ValueError, match="ids hold 5"):
+        logprob(logits, torch.tensor([0, 5, 1]), group=alone)
+    return torch.equal(
+        logprob(logits, torch.tensor([0, 4, 1]), group=alone).logp, logprob(logits, torch.tensor([0, 4, 1])).logp
+    )
+
+
+def refusal(group):
+    """What ranks are told about an id that none of them holds."""
+    with pytest.raises(ValueError, match="ids hold 24"):
+        logprob(torch.zeros(2, VOCAB // group.size()), torch.tensor([0, VOCAB]), group=group)
+    return True
+
+
 def work(rank):
     pairs = [dist.new_group(list(ranks)) for ranks in PAIRS]
     pair = pairs[0] if rank in PAIRS[0] else pairs[1]
@@ -160,6 +188,7 @@ def work(rank):
                 for name, (function, options, dtype, more) in CASES.items()
             }
     found["messages"] = messages(pair)
+    found["shares"], found["alone"], found["refused"] = run_shares(pair), run_alone(), refusal(pair)
     found["compiled"] = run_policy(pair, EVEN, {}, torch.float64, compiled=True)
     return found
 
@@ -204,10 +233,23 @@ def test_one_gather_of_four_numbers_per_row_and_one_sum_of_the_hidden_gradient(r
 
 
 def test_whole_graph_compiles_with_a_group(ranks):
-    loss, *gradients = run_policy(None, None, {}, torch.float64)[:4]
+    loss, d_hidden, d_weight, d_bias = run_policy(None, None, {}, torch.float64)[:4]
     for group in PAIRS:
-        for rank in group:
-            torch.testing.assert_close(ranks[rank]["compiled"][:2], (loss, gradients[0]), rtol=1e-10, atol=1e-12)
+        results = [ranks[rank]["compiled"] for rank in group]
+        for result in results:
+            torch.testing.assert_close(result[:2], (loss, d_hidden), rtol=1e-10, atol=1e-12)
+        joined = tuple(torch.cat(parts) for parts in zip(*(result[2:] for result in results), strict=True))
+        torch.testing.assert_close(joined, (d_weight, d_bias), rtol=1e-10, atol=1e-12)
+
+
+def test_ranks_may_cut_their_columns_into_different_shares(ranks):
+    expected = run_shares(None)
+    for rank in ranks:
+        torch.testing.assert_close(rank["shares"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_group_of_one_is_no_group_and_foreign_ids_are_named(ranks):
+    assert all(rank["alone"] and rank["refused"] for rank in ranks)
 
 
 def test_an_offset_needs_a_group():

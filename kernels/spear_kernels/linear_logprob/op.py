@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spear_kernels.autocast import autocast_inputs, without_autocast
 from spear_kernels.backend import resolve_backend
-from spear_kernels.checks import compute_dtype, require_ids, require_shape
+from spear_kernels.checks import compute_dtype, integers, refuse_second_derivatives, require_ids, require_shape
 from spear_kernels.linear_logprob.head import Head, check_head, chunk_budget
 from spear_kernels.linear_logprob.plan import RowPlan
-from spear_kernels.linear_logprob.rows import HeadRows, take_coefficients
-from spear_kernels.linear_logprob.sums import GradientSums, Wanted
+from spear_kernels.linear_logprob.rows import HeadRows
+from spear_kernels.linear_logprob.sums import GradientSums, Wanted, hidden_sum_dtype
 from spear_kernels.logprob.rows import RowStatistics
 from spear_kernels.logprob.scaling import Scaling
 from spear_kernels.results import LogProbs
@@ -24,16 +25,16 @@ if TYPE_CHECKING:
 HEAD_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor? mask, Tensor? temperature, "
     "float temperature_value, float softcap, int vocab_size, str group, int vocab_offset, "
-    "bool even_shards, int chunk_bytes, str backend"
+    "int even_ranks, int chunk_bytes, str backend"
 )
 """What every operator on a head begins with; from `temperature` on these are its `Settings`."""
 NUM_HEAD_ARGUMENTS = HEAD_SCHEMA.count(",") + 1
-Settings = tuple[torch.Tensor | None, float, float, int, str, int, bool, int, str]
+Settings = tuple[torch.Tensor | None, float, float, int, str, int, int, int, str]
 
 
 def head_settings(scaling: Scaling, shard: VocabShard, chunk_bytes: int, backend: str) -> Settings:
     """The settings as an operator takes them."""
-    return *scaling.numbers, shard.group, shard.offset, shard.even, chunk_bytes, backend
+    return *scaling.numbers, shard.group, shard.offset, shard.even_ranks, chunk_bytes, backend
 
 
 def head_rows(
@@ -45,15 +46,17 @@ def head_rows(
     plan: RowPlan,
 ) -> HeadRows:
     """The rows that `plan` lets in, in front of this shard's head."""
-    temperature, temperature_value, softcap, vocab_size, group, vocab_offset, even, chunk_bytes, backend = settings
-    shard = VocabShard(group, vocab_offset, even)
+    temperature, temperature_value, softcap, vocab_size, group, vocab_offset, even_ranks, chunk_bytes, backend = (
+        settings
+    )
+    shard = VocabShard(group, vocab_offset, even_ranks)
     scaling = Scaling(temperature, temperature_value, softcap, vocab_size)
     head = Head.of(hidden, weight, bias, vocab_size, shard.widest(len(weight)))
-    rows = HeadRows(hidden.detach(), shard.local_ids(ids), head, scaling, shard, backend, chunk_bytes)
-    rows = rows.take(plan.index) if plan.unknown is None else rows.neutral(plan.unknown)
-    if shard.is_whole:
-        require_ids(rows.ids, vocab_size)
-    return rows
+    if plan.unknown is None:
+        require_ids(ids if plan.index is None else ids[plan.index], shard.total(vocab_size, len(weight)))
+        scaling.check(plan.index)
+    placed = {"index": plan.index, "unknown": plan.unknown}
+    return HeadRows(hidden.detach(), shard.local_ids(ids), head, scaling, shard, backend, chunk_bytes, **placed)
 
 
 def filled(gradients: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -66,6 +69,7 @@ def filled(gradients: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> tu
     mutates_args=(),
     schema=f"({HEAD_SCHEMA}, bool keep_logits) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@without_autocast
 def linear_statistics(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -79,7 +83,7 @@ def linear_statistics(
     plan = RowPlan.of(mask, None, len(ids), hidden.device)
     rows = head_rows(hidden, weight, bias, ids, tuple(settings), plan)
     logits = rows.head.buffer(len(rows) if keep_logits else 0)
-    table = plan.spread(rows.statistics(logits if keep_logits else None))
+    table = plan.spread(rows.statistics(logits=logits if keep_logits else None))
     return table[0].clone(), table[1].clone(), table, logits
 
 
@@ -97,6 +101,7 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids
     schema=f"({HEAD_SCHEMA}, Tensor saved, Tensor d_logp, Tensor? d_entropy, bool[] wanted) -> "
     "(Tensor, Tensor, Tensor)",
 )
+@without_autocast
 def linear_gradient(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -107,7 +112,7 @@ def linear_gradient(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of sum(d_logp * logp + d_entropy * entropy) in hidden, weight (float32) and bias; [0]: not wanted."""
     *settings, saved, d_logp, d_entropy, wanted = rest
-    gradients = _gradients((hidden, weight, bias, ids, mask), tuple(settings), saved, d_logp, d_entropy, wanted, None)
+    gradients = _gradients(saved, (hidden, weight, bias, ids, mask), tuple(settings), d_logp, d_entropy, wanted, None)
     return filled(gradients, hidden)
 
 
@@ -119,17 +124,19 @@ def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *re
 def fake_gradients(hidden: torch.Tensor, weight: torch.Tensor, wanted: Wanted) -> tuple[torch.Tensor, ...]:
     """Tensors of the shapes and types that `filled` returns."""
     dtype = compute_dtype(hidden, weight)
+    hidden_dtype = hidden_sum_dtype(hidden, dtype)
     return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else hidden.new_empty(0),
+        hidden.new_empty(hidden.shape, dtype=hidden_dtype) if wanted[0] else hidden.new_empty(0),
         weight.new_empty(weight.shape, dtype=dtype) if wanted[1] else hidden.new_empty(0),
         weight.new_empty(weight.shape[0], dtype=dtype) if wanted[2] else hidden.new_empty(0),
     )
 
 
+@without_autocast
 def _gradients(
+    saved: torch.Tensor,
     tensors: tuple[Any, ...],
     settings: Settings,
-    saved: torch.Tensor,
     d_logp: torch.Tensor,
     d_entropy: torch.Tensor | None,
     wanted: Wanted,
@@ -142,18 +149,15 @@ def _gradients(
     if plan.unknown is not None:
         d_logp = torch.where(plan.unknown, d_logp, 0)
         d_entropy = None if d_entropy is None else torch.where(plan.unknown, d_entropy, 0)
-    sums = GradientSums.zeros(rows.head, rows.hidden, weight, rows.shard, wanted)
-    stats = RowStatistics.of(saved)
-    coefficients = take_coefficients((d_logp, d_entropy), plan.index)
-    rows.add_gradients(sums, stats if plan.index is None else stats.rows(plan.index), coefficients, logits)
-    d_hidden, d_weight, d_bias = sums.finish(hidden, rows.shard)
-    return None if d_hidden is None else plan.spread(d_hidden, dim=0), d_weight, d_bias
+    sums = GradientSums.zeros(rows.head, hidden, weight, rows.shard, wanted)
+    rows.add_gradients(sums, RowStatistics.of(saved), (d_logp, d_entropy), logits)
+    return sums.finish(hidden, rows.shard)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, bias, ids, mask, temperature, *settings, keep_logits = inputs
-    ctx.save_for_backward(hidden, weight, bias, ids, mask, temperature, output[2])
-    ctx.settings, ctx.kept_logits = tuple(settings), [output[3]] if keep_logits else []
+    ctx.save_for_backward(hidden, weight, bias, ids, mask, temperature, output[2], output[3])
+    ctx.settings, ctx.has_logits = tuple(settings), keep_logits
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.set_materialize_grads(False)
 
@@ -161,24 +165,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _backward(ctx: Any, d_logp: torch.Tensor | None, d_entropy: torch.Tensor | None, *_: None) -> tuple[Any, ...]:
     if d_logp is None and d_entropy is None:
         return (None,) * (NUM_HEAD_ARGUMENTS + 1)
-    *tensors, temperature, saved = ctx.saved_tensors
+    refuse_second_derivatives("linear_logprob")
+    *tensors, temperature, saved, logits = ctx.saved_tensors
     d_logp = torch.zeros_like(saved[0]) if d_logp is None else d_logp
     settings, wanted = (temperature, *ctx.settings), ctx.needs_input_grad[:3]
-    if ctx.kept_logits:
-        # The gradient overwrites the logits; a second backward computes them again.
-        gradients = _gradients(tuple(tensors), settings, saved, d_logp, d_entropy, wanted, ctx.kept_logits.pop())
+    if ctx.has_logits:
+        # The gradient overwrites the logits, unseen by autograd; a second backward computes them again.
+        ctx.has_logits = False
+        gradients = _gradients(saved, tuple(tensors), settings, d_logp, d_entropy, wanted, logits.data)
     else:
         gradients = linear_gradient(*tensors, *settings, saved, d_logp, d_entropy, wanted)
-    return *gradients_of_type(gradients, tensors, wanted), *(None,) * (NUM_HEAD_ARGUMENTS - 2)
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:3]]
+    return *gradients_of_type(gradients, dtypes, wanted), *(None,) * (NUM_HEAD_ARGUMENTS - 2)
 
 
 def gradients_of_type(
-    gradients: tuple[torch.Tensor | None, ...], inputs: Sequence[torch.Tensor | None], wanted: Wanted
+    gradients: Sequence[torch.Tensor | None], dtypes: Sequence[torch.dtype | None], wanted: Wanted
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients rounded to the types of `inputs`; None where not wanted."""
+    """Gradients rounded to the types of the inputs; None where not wanted."""
     return tuple(
-        gradient.to(tensor.dtype) if want and gradient is not None and tensor is not None else None
-        for gradient, tensor, want in zip(gradients, inputs, wanted, strict=False)
+        gradient.to(dtype) if want and gradient is not None and dtype is not None else None
+        for gradient, dtype, want in zip(gradients, dtypes, wanted, strict=True)
     )
 
 
@@ -211,11 +218,12 @@ def linear_logprob(
     At most `chunk_bytes` of logits exist (None: 1 GiB, on the CPU 64 MiB). If all rows fit in, the forward keeps them
     and the whole costs 6 NVH FLOPs; else the backward computes them again, 8 NVH. On the CPU, rows without a gradient
     cost the forward alone. A frozen weight saves 2 NVH. Logits and the sum of the weight gradient are float32 (float64)
-    whatever the inputs are.
+    whatever the inputs are. Under autocast hidden, weight and bias take its type, as those of a linear layer do.
 
     Vocabulary-parallel: with `group`, weight and bias are this rank's rows of the head, by default V = vocabulary /
-    ranks of them in the order of ranks, else those from `vocab_offset` on; hidden, ids and the results are the same on
-    all ranks, and the gradient of hidden is summed over them. One all-gather of [4, N], one all-reduce of [N, H].
+    ranks of them in the order of ranks, else, on every rank, those from `vocab_offset` on. All other arguments, what
+    wants a gradient and the results are the same on all ranks; the gradient of hidden is summed over them. One
+    all-gather of [4, N], one all-reduce of [N, H], and with `vocab_offset` one of a number that the host waits for.
 
     Raises:
         ValueError: wrong shape, an argument out of range (ids are looked at on the CPU only), or a backend that cannot
@@ -223,14 +231,15 @@ def linear_logprob(
     """
     check_head(hidden, weight, bias, ids)
     require_shape("mask", mask, (len(hidden),))
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     shard = VocabShard.of(group, vocab_offset, len(weight))
     dtype = compute_dtype(hidden, weight)
-    scaling = Scaling.of(temperature, softcap, vocab_size, len(hidden), len(weight), dtype, shard)
+    scaling = Scaling.of(temperature, softcap, vocab_size, hidden, len(weight), dtype, shard)
     budget, chosen = chunk_budget(chunk_bytes, hidden.device), resolve_backend(backend, hidden, weight)
     keep = _keeps_logits(hidden, weight, bias, scaling.vocab_size, budget)
     settings = head_settings(scaling, shard, budget, chosen)
     mask = None if mask is None else mask.bool()
-    logp, entropy, _, _ = linear_statistics(hidden, weight, bias, ids.long(), mask, *settings, keep)
+    logp, entropy, _, _ = linear_statistics(hidden, weight, bias, integers(ids, hidden.device), mask, *settings, keep)
     return LogProbs(logp, entropy)
 
 
@@ -242,4 +251,6 @@ def _keeps_logits(
         return False
     if not any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)):
         return False
-    return len(Head.of(hidden, weight, bias, width, len(weight)).chunks(0, len(hidden), budget)) <= 1
+    head = Head.of(hidden, weight, bias, width, len(weight))
+    # What else is made of them in the backward shares the budget: a gradient matrix, if it is one of its own.
+    return len(hidden) <= head.rows_in(budget * 3 // 4 if head.splits_gradient else budget, head.dtype)

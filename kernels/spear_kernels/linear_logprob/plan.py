@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spear_kernels.checks import host_may_wait
+from spear_kernels.checks import host_may_wait, to_device
 
 
 def order_and_count(flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +52,7 @@ class RowPlan:
         num_live = int(first.sum())
         if num_live == num_rows:
             return RowPlan(num_rows, None, num_rows, None)
-        return RowPlan(num_rows, index.to(device, non_blocking=True), num_live, None)
+        return RowPlan(num_rows, to_device(index, device), num_live, None)
 
     def counted(self) -> RowPlan:
         """The plan with the rows that enter in front and counted on the device, if the host does not know them."""

@@ -10,12 +10,10 @@ import torch
 WIDEN_BYTES = 32 << 20
 
 
-def keeps_float32(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the device multiplies these half-precision matrices into a float32 result by itself.
-
-    float16 is left out: gradients of a mean over many tokens lie below its smallest number.
-    """
-    return weight.is_cuda and x.dtype == weight.dtype == torch.bfloat16
+def multiplies_into_float32(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the device multiplies these half-precision matrices into a float32 result by itself: on CUDA."""
+    half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    return half and weight.is_cuda and torch.version.hip is None
 
 
 def blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -31,7 +29,7 @@ def blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, to
 
 def project(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """Write x @ weight.T to out [n, V]; x [n, H], weight [V, H]."""
-    if keeps_float32(x, weight):
+    if multiplies_into_float32(x, weight):
         torch.ops.aten.mm.dtype_out(x, weight.t(), out.dtype, out=out)
         return
     x = x.to(out.dtype)
@@ -40,8 +38,8 @@ def project(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def project_back(dz: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """dz @ weight as [n, H] in `dtype`; dz [n, V], weight [V, H]."""
-    if keeps_float32(dz, weight):
+    """dz @ weight as [n, H] in `dtype`, or in a wider type; dz [n, V], weight [V, H]."""
+    if multiplies_into_float32(dz, weight):
         return torch.ops.aten.mm.dtype(dz, weight, dtype)
     total: torch.Tensor | None = None
     for columns, part in blocks(weight, dz.dtype):
@@ -51,7 +49,7 @@ def project_back(dz: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> 
 
 def add_outer_(total: torch.Tensor, dz: torch.Tensor, x: torch.Tensor) -> None:
     """total [V, H] += dz.T @ x; dz [n, V], x [n, H]."""
-    if keeps_float32(x, dz):
+    if multiplies_into_float32(x, dz):
         torch.ops.aten.addmm.dtype_out(total, dz.t(), x, total.dtype, out=total)
     else:
         total.addmm_(dz.t(), x.to(total.dtype))

@@ -35,7 +35,7 @@ class GradientSums:
         The part of a shard in the gradient of hidden is not rounded to the type of hidden before all are added.
         """
         like = {"dtype": head.dtype, "device": hidden.device}
-        hidden_dtype = hidden.dtype if shard.is_whole else head.dtype
+        hidden_dtype = hidden_sum_dtype(hidden, head.dtype) if shard.is_whole else head.dtype
         return GradientSums(
             head,
             torch.zeros(hidden.shape, dtype=hidden_dtype, device=hidden.device) if wanted[0] else None,
@@ -62,7 +62,7 @@ class GradientSums:
         if self.bias is not None:
             self.bias[:width].add_(dz.sum(0, dtype=self.bias.dtype))
 
-    def add_live(self, rows: slice, x: torch.Tensor, dz: torch.Tensor, live: torch.Tensor | None) -> None:
+    def add_live(self, rows: Rows, x: torch.Tensor, dz: torch.Tensor, live: torch.Tensor | None) -> None:
         """`add` of the rows `live`, ascending places int64 in the chunk; their gradients move to the front of dz."""
         if live is None:
             self.add(rows, x, dz)
@@ -70,9 +70,19 @@ class GradientSums:
         for place in tiles(len(live), dz.shape[1], dz.dtype, dz.device):
             # Places ascend, so a row moves forward onto rows already read.
             dz[place] = dz[live[place]]
-        self.add(live + rows.start, x[live], dz[: len(live)])
+        places = live + rows.start if isinstance(rows, slice) else rows[live]
+        self.add(places, x[live], dz[: len(live)])
 
     def finish(self, hidden: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor | None, ...]:
-        """The sums over all shards, the one of hidden in the type of `hidden`."""
-        total = None if self.hidden is None else shard.sum_(self.hidden).to(hidden.dtype)
+        """The sums over all shards, the one of hidden in `hidden_sum_dtype`."""
+        dtype = hidden_sum_dtype(hidden, self.head.dtype)
+        total = None if self.hidden is None else shard.sum_(self.hidden).to(dtype)
         return total, self.weight, self.bias
+
+
+def hidden_sum_dtype(hidden: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The type in which the gradient of `hidden` waits for the factor of the loss: its own, but wider than float16.
+
+    In float16 most of it would be 0 before a loss scale could reach it.
+    """
+    return dtype if hidden.dtype == torch.float16 else hidden.dtype

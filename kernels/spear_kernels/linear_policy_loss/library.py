@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spear_kernels.checks import compute_dtype, host_may_wait
+from spear_kernels.autocast import without_autocast
+from spear_kernels.checks import compute_dtype, host_may_wait, refuse_second_derivatives
 from spear_kernels.linear_logprob.counted import can_count
 from spear_kernels.linear_logprob.head import Head
 from spear_kernels.linear_logprob.op import (
@@ -51,6 +52,7 @@ class Swept(NamedTuple):
     mutates_args=(),
     schema=f"({HEAD_SCHEMA}, {_LOSS_SCHEMA}) -> ({', '.join('Tensor' for _ in Swept._fields)})",
 )
+@without_autocast
 def linear_policy_sweep(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -69,18 +71,15 @@ def linear_policy_sweep(
     by_device = _counts_on_device(hidden, weight, bias, settings, plan, unplanned=live is None and may_stay_idle(cfg))
     plan = plan.counted() if by_device else plan
     rows = head_rows(hidden, weight, bias, ids, settings, plan)
-    skipping = Skipping(plan.num_live, plan.count, by_device)
+    skipping = Skipping(plan.num_live if any(wanted) else 0, plan.count, by_device)
     inputs = TokenInputs(old_logp, advantages, action, weights, row_weight, ref_logp, selected)
     inputs = inputs if plan.index is None else inputs.rows(plan.index)
-    sums = GradientSums.zeros(rows.head, rows.hidden, weight, rows.shard, wanted)
+    sums = GradientSums.zeros(rows.head, hidden, weight, rows.shard, wanted)
     table, d_logp, d_entropy = sweep(rows, skipping, inputs, cfg, sums)
-    d_hidden, d_weight, d_bias = sums.finish(hidden, rows.shard)
-    if d_hidden is not None:
-        d_hidden = plan.spread(d_hidden, dim=0)
     table, d_logp = plan.spread(table), plan.spread(d_logp)
     d_entropy = plan.spread(d_entropy) if cfg.entropy_coef else d_entropy
     anchor = table.new_zeros(())
-    gradients = filled((d_hidden, d_weight, d_bias), hidden)
+    gradients = filled(sums.finish(hidden, rows.shard), hidden)
     return Swept(anchor, table[0].clone(), table[1].clone(), table, d_logp, d_entropy, *gradients)
 
 
@@ -125,6 +124,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
     hidden, weight, bias, ids, mask, temperature, *settings = inputs[:NUM_HEAD_ARGUMENTS]
     ctx.save_for_backward(hidden, weight, bias, ids, mask, temperature, swept.saved, swept.d_logp, swept.d_entropy)
     ctx.settings, ctx.wanted = tuple(settings), inputs[-1]
+    ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.gradients = [(swept.d_hidden, swept.d_weight, swept.d_bias)]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -134,25 +134,26 @@ def _hand_over(ctx: Any, factor: torch.Tensor | None, *_: None) -> tuple[torch.T
     """Multiply the gradients on the device, in place, and give them away; a second backward computes them again."""
     if factor is None:
         return (None,) * _NUM_ARGUMENTS
-    *tensors, temperature, saved, d_logp, d_entropy = ctx.saved_tensors
-    inputs = tensors[:3]
+    refuse_second_derivatives("linear_policy_loss")
     if ctx.gradients:
+        # What was saved is not asked for: under activation checkpointing that would run the whole sweep again.
         kept = ctx.gradients.pop()
-        scaled = tuple(_scaled(gradient, factor, tensor) for gradient, tensor in zip(kept, inputs, strict=True))
+        scaled = tuple(_scaled(gradient, factor, dtype) for gradient, dtype in zip(kept, ctx.dtypes, strict=True))
     else:
+        *tensors, temperature, saved, d_logp, d_entropy = ctx.saved_tensors
         entropy_part = d_entropy * factor if d_entropy.shape == d_logp.shape else None
         scaled = linear_gradient(*tensors, temperature, *ctx.settings, saved, d_logp * factor, entropy_part, ctx.wanted)
-    return *gradients_of_type(scaled, inputs, ctx.wanted), *(None,) * (_NUM_ARGUMENTS - 3)
+    return *gradients_of_type(scaled, ctx.dtypes, ctx.wanted), *(None,) * (_NUM_ARGUMENTS - 3)
 
 
-def _scaled(gradient: torch.Tensor, factor: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor:
-    """gradient * factor in the type of `tensor`, rounded once."""
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """gradient * factor in `dtype`."""
     if type(gradient) is not torch.Tensor:
         # A compiler traces this: it plans memory itself, and an output of the forward may not change.
         return gradient * factor
-    if tensor is None or gradient.dtype == tensor.dtype:
+    if dtype is None or gradient.dtype == dtype:
         return gradient.mul_(factor)
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=tensor.dtype))
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 linear_policy_sweep.register_autograd(_hand_over, setup_context=_keep_gradients)

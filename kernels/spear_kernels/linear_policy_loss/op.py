@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spear_kernels.autocast import autocast_inputs
 from spear_kernels.backend import resolve_backend
-from spear_kernels.checks import compute_dtype, host_may_wait
+from spear_kernels.checks import compute_dtype, host_may_wait, integers
 from spear_kernels.cov_select.op import all_rows
 from spear_kernels.linear_logprob import linear_logprob
 from spear_kernels.linear_logprob.head import check_head, chunk_budget
@@ -77,7 +78,7 @@ class _Head:
         """Log-probs, entropies and gradients in one go."""
         width = len(self.weight)
         shard = VocabShard.of(self.group, self.vocab_offset, width)
-        scaling = Scaling.of(self.temperature, self.softcap, self.vocab_size, len(self.ids), width, self.dtype, shard)
+        scaling = Scaling.of(self.temperature, self.softcap, self.vocab_size, self.hidden, width, self.dtype, shard)
         budget = chunk_budget(self.chunk_bytes, self.hidden.device)
         settings = head_settings(scaling, shard, budget, resolve_backend(self.backend, self.hidden, self.weight))
         swept = linear_policy_sweep(
@@ -196,20 +197,24 @@ def linear_policy_loss(
 
     What never costs a product: rows that `mask` leaves out, and in the backward products rows whose coefficient is 0
     (zero advantage, clipped, dropped by Clip-Cov). On the CPU all of that is seen. On a device the host does not
-    wait: leave mask and advantages on the CPU, where they were made, and both are planned before any launch; with
-    mask or advantages on the device, the Triton backend counts rows there and its products stop at the count.
+    wait: leave mask and advantages on the CPU, where they were made, and both are planned before any launch. With
+    mask or advantages on the device, the Triton backend counts rows there and its products stop at the count, for
+    token-local losses, without a group, if hidden and weight are both bfloat16 or both float32; else such rows pass as
+    zeros.
 
     FLOPs with N action tokens, of which a share g has a gradient: (2 + 4 g) NVH for a token-local loss; 2 NVH more
     when Clip-Cov or KL-Cov must choose its tokens here because `selected` is None; for "gspo", whose coefficients need
     whole sequences, the costs of `linear_logprob`. A frozen weight saves 2 g NVH, no gradient wanted leaves 2 NVH.
     Gradients are computed in the forward call and kept: the size of hidden, and of weight in float32. The first
-    backward scales and hands them over; another one (retain_graph) computes them again.
+    backward scales and hands them over; another one (retain_graph) computes them again. There are no second
+    derivatives.
 
     Raises:
         ValueError: wrong shape, an argument that `cfg` needs is missing, an argument out of range, or a backend that
             cannot run here.
     """
     check_head(hidden, weight, bias, ids)
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     mask = None if mask is None else mask.bool()
     given = PolicyBatch(
         old_logp,
@@ -226,9 +231,9 @@ def linear_policy_loss(
         sampler_logp,
     )
     batch = given.check(len(hidden), cfg, has_entropy=True, device=hidden.device)
-    head = _Head(
-        hidden, weight, bias, ids.long(), temperature, softcap, vocab_size, group, vocab_offset, chunk_bytes, backend
-    )
+    ids = integers(ids, hidden.device)
+    scaled = (temperature, softcap, vocab_size)
+    head = _Head(hidden, weight, bias, ids, *scaled, group, vocab_offset, chunk_bytes, backend)
     if cfg.kind == "gspo":
         return _sequence_level(head, mask, batch, cfg)
     return _token_local(head, mask, _host_side_live(given, cfg), batch, cfg)

@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spear_kernels.autocast import without_autocast
 from spear_kernels.backend import resolve_backend
-from spear_kernels.checks import compute_dtype, require_ids, require_matrix, require_shape
+from spear_kernels.checks import (
+    compute_dtype,
+    integers,
+    refuse_second_derivatives,
+    require_ids,
+    require_matrix,
+    require_shape,
+)
 from spear_kernels.logprob.matrix import partials_table, statistics_table, write_gradient
 from spear_kernels.logprob.rows import RowStatistics, combine
 from spear_kernels.logprob.scaling import Scaling
@@ -21,7 +29,7 @@ Saved = torch.Tensor
 """Statistics [4, N] kept from the forward for the backward."""
 
 _SCALING = "Tensor? temperature, float temperature_value, float softcap, int vocab_size"
-_WHERE = "str group, int vocab_offset, str backend"
+_WHERE = "str group, int vocab_offset, int even_ranks, str backend"
 
 
 @torch.library.custom_op(
@@ -29,6 +37,7 @@ _WHERE = "str group, int vocab_offset, str backend"
     mutates_args=(),
     schema=f"(Tensor logits, Tensor ids, {_SCALING}, {_WHERE}, bool overwrite) -> (Tensor, Tensor, Tensor)",
 )
+@without_autocast
 def _statistics(
     logits: torch.Tensor,
     ids: torch.Tensor,
@@ -38,14 +47,16 @@ def _statistics(
     vocab_size: int,
     group: str,
     vocab_offset: int,
+    even_ranks: int,
     backend: str,
     overwrite: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, Saved]:
     """logp and entropy [N], and the statistics [4, N]; `overwrite` is read by the backward only."""
-    shard = VocabShard(group, vocab_offset)
+    shard = VocabShard(group, vocab_offset, even_ranks)
     scaling = Scaling(temperature, temperature_value, softcap, vocab_size)
+    require_ids(ids, shard.total(vocab_size, logits.shape[1]))
+    scaling.check(None)
     if shard.is_whole:
-        require_ids(ids, vocab_size)
         table = statistics_table(logits, ids, scaling, backend)
     else:
         partials = partials_table(logits, shard.local_ids(ids), scaling, backend)
@@ -67,6 +78,7 @@ _GRADIENT = f"Tensor ids, Tensor saved, Tensor d_logp, Tensor? d_entropy, {_SCAL
 @torch.library.custom_op(
     "spear_kernels::logits_gradient", mutates_args=(), schema=f"(Tensor logits, {_GRADIENT}) -> Tensor"
 )
+@without_autocast
 def _gradient(
     logits: torch.Tensor,
     ids: torch.Tensor,
@@ -93,6 +105,7 @@ def _(logits: torch.Tensor, *_: Any) -> torch.Tensor:
 @torch.library.custom_op(
     "spear_kernels::logits_gradient_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, {_GRADIENT}) -> ()"
 )
+@without_autocast
 def _gradient_(
     logits: torch.Tensor,
     ids: torch.Tensor,
@@ -111,7 +124,7 @@ def _gradient_(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, ids, temperature, *numbers, group, vocab_offset, backend, overwrite = inputs
+    logits, ids, temperature, *numbers, group, vocab_offset, _, backend, overwrite = inputs
     ctx.save_for_backward(logits, VocabShard(group, vocab_offset).local_ids(ids), output[2], temperature)
     ctx.numbers, ctx.backend, ctx.overwrite = numbers, backend, overwrite
     ctx.mark_non_differentiable(output[2])
@@ -120,15 +133,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, d_logp: torch.Tensor | None, d_entropy: torch.Tensor | None, _: None) -> tuple[Any, ...]:
     if d_logp is None and d_entropy is None:
-        return (None,) * 10
+        return (None,) * 11
+    refuse_second_derivatives("logprob")
     logits, ids, saved, temperature = ctx.saved_tensors
     d_logp = torch.zeros_like(saved[0]) if d_logp is None else d_logp
     arguments = (ids, saved, d_logp, d_entropy, temperature, *ctx.numbers, ctx.backend)
     if not ctx.overwrite:
-        return _gradient(logits, *arguments), *(None,) * 9
+        return _gradient(logits, *arguments), *(None,) * 10
     logits = logits.detach()
     _gradient_(logits, *arguments)
-    return logits, *(None,) * 9
+    return logits, *(None,) * 10
 
 
 _statistics.register_autograd(_backward, setup_context=_setup_context)
@@ -168,8 +182,11 @@ def logprob(
     require_matrix("logits", logits)
     require_shape("ids", ids, (len(logits),))
     width, shard = logits.shape[1], VocabShard.of(group, vocab_offset, logits.shape[1])
-    scaling = Scaling.of(temperature, softcap, vocab_size, len(logits), width, compute_dtype(logits), shard)
+    scaling = Scaling.of(temperature, softcap, vocab_size, logits, width, compute_dtype(logits), shard)
     overwrite = inplace_backward and not torch.compiler.is_compiling()
     chosen = resolve_backend(backend, logits)
-    logp, entropy, _ = _statistics(logits, ids.long(), *scaling.numbers, shard.group, shard.offset, chosen, overwrite)
+    ids = integers(ids, logits.device)
+    logp, entropy, _ = _statistics(
+        logits, ids, *scaling.numbers, shard.group, shard.offset, shard.even_ranks, chosen, overwrite
+    )
     return LogProbs(logp, entropy)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spear_kernels.checks import host_may_wait
 from spear_kernels.logprob.scaling import Scaling
 
 # Tiles of this size stay in a core's cache, so the passes over a tile after the first cost no memory traffic.
@@ -84,17 +85,27 @@ def target_logit(z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.where(inside, z.gather(1, column[:, None])[:, 0], -torch.inf)
 
 
-def combine(partials: torch.Tensor) -> torch.Tensor:
-    """Statistics [4, n] (logp, entropy, peak, log_total) from the partials [S, 4, n] of S parts of the vocabulary."""
+def merge(partials: torch.Tensor) -> torch.Tensor:
+    """The partials [4, n] of S parts of the vocabulary together, from [S, 4, n]."""
     peaks, totals, weighted, targets = partials.unbind(1)
     peak = peaks.amax(0)
     # A part without any finite logit has total 0; its distance to the peak must not become 0 * inf.
     distance = torch.where(peaks == -torch.inf, 0, peaks - peak)
     share = distance.exp()
-    total = (totals * share).sum(0)
-    log_total = total.log()
-    entropy = log_total - ((weighted + distance * totals) * share).sum(0) / total
-    return torch.stack([targets.amax(0) - peak - log_total, entropy, peak, log_total])
+    total, weighted = (totals * share).sum(0), ((weighted + distance * totals) * share).sum(0)
+    return torch.stack([peak, total, weighted, targets.amax(0)])
+
+
+def combine(partials: torch.Tensor) -> torch.Tensor:
+    """Statistics [4, n] (logp, entropy, peak, log_total) from the partials [S, 4, n] of S parts of the vocabulary.
+
+    A row of -inf alone has logp -inf and entropy 0.
+    """
+    peak, total, weighted, target = merge(partials).unbind()
+    nothing, log_total = total == 0, total.log()
+    logp = torch.where(nothing, -torch.inf, target - peak - log_total)
+    entropy = torch.where(nothing, 0, log_total - weighted / total)
+    return torch.stack([logp, entropy, peak, log_total])
 
 
 def tile_statistics(z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -110,8 +121,9 @@ def tile_gradient_(
     dz = a p - b onehot + g p (log p + entropy) with a = b = -d_logp and g = -d_entropy, both [n].
     """
     slope = scaling.slope(z)
-    shifted = z.sub_(stats.peak[:, None]).clamp_(min=FLOOR)
-    weighing = Weighing(shifted.exp(), torch.exp(-stats.log_total))
+    nothing = stats.log_total == -torch.inf
+    shifted = z.sub_(torch.where(nothing, 0, stats.peak)[:, None]).clamp_(min=FLOOR)
+    weighing = Weighing(shifted.exp(), torch.where(nothing, 0, torch.exp(-stats.log_total)))
     return _gradient_(shifted, weighing, ids, stats, coefficients, scaling, slope)
 
 
@@ -138,9 +150,14 @@ def _gradient_(
     scaling: Scaling,
     slope: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The gradient in raw logits, written over z - peak [n, V]; log p is that less log_total."""
+    """The gradient in raw logits, written over z - peak [n, V]; log p is that less log_total.
+
+    It is 0 in rows of -inf alone and in rows without coefficients, whatever their logits hold.
+    """
     d_logp, d_entropy = (None if part is None else scaling.per_unit(part) for part in coefficients)
     assert d_logp is not None
+    idle = (d_logp == 0) if d_entropy is None else (d_logp == 0) & (d_entropy == 0)
+    idle = idle | (stats.log_total == -torch.inf)
     weights, factor = weighing.weights, weighing.factor
     if d_entropy is None:
         torch.mul(weights, (-d_logp * factor)[:, None], out=shifted)
@@ -150,7 +167,11 @@ def _gradient_(
     if shifted.shape[1]:
         inside, column = _columns(shifted, ids)
         shifted.scatter_add_(1, column[:, None], torch.where(inside, d_logp, 0)[:, None])
-    return shifted if slope is None else shifted.mul_(slope)
+    if slope is not None:
+        shifted.mul_(slope)
+    if not host_may_wait(idle) or bool(idle.any()):
+        shifted.masked_fill_(idle[:, None], 0)
+    return shifted
 
 
 def _columns(z: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from spear_kernels.checks import host_may_wait, to_device
 from spear_kernels.vocab_parallel import VocabShard
 
 Numbers = tuple[torch.Tensor | None, float, float, int]
@@ -26,23 +27,28 @@ class Scaling:
         temperature: float | torch.Tensor,
         softcap: float | None,
         vocab_size: int | None,
-        num_rows: int,
+        rows: torch.Tensor,
         width: int,
         dtype: torch.dtype,
         shard: VocabShard,
     ) -> Scaling:
-        """Check the public arguments for this shard's logits [num_rows, width]; vocab_size counts over all shards.
+        """Check the public arguments for this shard's logits [N, width] of `rows` [N, ...]; vocab_size counts globally.
 
-        Values inside a temperature tensor are not looked at, which would make the host wait for the device.
+        Values inside a temperature tensor are not looked at here.
 
         Raises:
-            ValueError: temperature or softcap <= 0, a temperature that is neither a number nor [num_rows], or a
-                vocab_size below 1 or above the columns there are.
+            ValueError: temperature or softcap <= 0 or infinite, a temperature that is neither a number nor [N] or wants
+                a gradient, or a vocab_size below 1 or above the columns there are.
         """
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"softcap={softcap} must be positive; None switches it off")
-        if vocab_size is not None and (vocab_size < 1 or (shard.is_whole and vocab_size > width)):
-            raise ValueError(f"vocab_size={vocab_size} must be between 1 and the {width} columns there are")
+        num_rows = rows.shape[0]
+        if softcap is not None and not 0 < softcap < float("inf"):
+            raise ValueError(f"softcap={softcap} must be a positive finite number; None switches it off")
+        columns = shard.total(None, width)
+        if vocab_size is not None and (
+            isinstance(vocab_size, float) or vocab_size < 1 or (columns is not None and vocab_size > columns)
+        ):
+            known = "" if columns is None else f" of at most {columns}, the columns there are"
+            raise ValueError(f"vocab_size={vocab_size} must be a positive whole number{known}")
         cap, limit = 0.0 if softcap is None else float(softcap), shard.local_size(vocab_size, width)
         if not isinstance(temperature, torch.Tensor):
             if not temperature > 0:
@@ -52,8 +58,18 @@ class Scaling:
             return Scaling(None, float(temperature), cap, limit)
         if temperature.numel() != 1 and tuple(temperature.shape) != (num_rows,):
             raise ValueError(f"temperature has shape {tuple(temperature.shape)}, expected a scalar or ({num_rows},)")
-        per_row = temperature.detach().to(dtype).reshape(-1).expand(num_rows).contiguous()
+        if temperature.requires_grad:
+            raise ValueError("temperature requires a gradient, but none is computed; pass temperature.detach()")
+        per_row = to_device(temperature, rows.device).to(dtype).reshape(-1).expand(num_rows).contiguous()
         return Scaling(per_row, 1.0, cap, limit)
+
+    def check(self, rows: torch.Tensor | None) -> None:
+        """Raise ValueError if the temperature of one of `rows` (None: all) is not positive; only looks on the CPU."""
+        if self.temperature is None or not host_may_wait(self.temperature):
+            return
+        values = self.temperature if rows is None else self.temperature[rows]
+        if not bool((values > 0).all()):
+            raise ValueError(f"temperature holds {values.min().item()}, but must be positive in rows that enter")
 
     @property
     def numbers(self) -> Numbers:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from spear_kernels.checks import require_shape
+from spear_kernels.checks import require_shape, to_device
 from spear_kernels.cov_select import covariance, select_by_covariance
 from spear_kernels.policy_loss.config import PolicyLossConfig
 from spear_kernels.ratio import truncated_importance
@@ -53,7 +53,7 @@ class PolicyBatch:
         changes = {"mask": self.mask.bool()}
         for name, tensor in {**self._rowwise(), "mask": changes["mask"]}.items():
             require_shape(name, tensor, (num_rows,))
-            changes[name] = tensor.detach() if device is None else tensor.detach().to(device, non_blocking=True)
+            changes[name] = tensor.detach() if device is None else to_device(tensor.detach(), device)
         return replace(self, **changes)
 
     def take(self, rows: torch.Tensor) -> PolicyBatch:
