@@ -81,9 +81,9 @@ class Updater:
         metrics, trail = {}, []
         for group in groups:
             parts, covariance = self._backward(group, seed)
-            metrics |= join([result.metrics for _, result in parts], group.prefix)
+            metrics |= join([part_metrics for _, part_metrics in parts], group.prefix)
             metrics |= {f"{group.prefix}/{name}": value for name, value in covariance.items()}
-            trail += [([group.rows[i] for i in planned.index], result.loss.detach()) for planned, result in parts]
+            trail += [([group.rows[i] for i in planned.index], found["loss"]) for planned, found in parts]
         metrics["update/grad_norm"] = self.optimizer.clip_gradients()
         values = {**read(metrics), "update/lr": self.optimizer.lr, "update/micro_batches": float(len(trail))}
         losses_finite = all(math.isfinite(values[f"{group.prefix}/loss"]) for group in groups)
@@ -97,8 +97,8 @@ class Updater:
 
     def _backward(
         self, group: LossGroup, seed: int
-    ) -> tuple[list[tuple[PlannedBatch, LinearPolicyLossResult]], dict[str, torch.Tensor]]:
-        """Add the group's gradient, micro-batch by micro-batch; also the covariances' statistics if made over all."""
+    ) -> tuple[list[tuple[PlannedBatch, dict[str, torch.Tensor]]], dict[str, torch.Tensor]]:
+        """Add the gradient; return the metrics of the micro-batches, and of the covariances if made over all."""
         planned = plan_batches(group.rows, self.scorer.token_budget, self.policy.device)
         counts = count(group.rows)
         selections, covariance = self._select(group, planned, seed)
@@ -106,7 +106,8 @@ class Updater:
         for part, selected in zip(planned, selections, strict=True):
             result = self._loss(part, group.cfg, counts, selected, seed)
             (group.coef * result.loss).backward()
-            results.append((part, result))
+            # The rest of a result, log-probs and graph, would stay on the device until the step ends.
+            results.append((part, result.metrics))
         return results, covariance
 
     def _loss(

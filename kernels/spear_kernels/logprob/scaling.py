@@ -44,6 +44,8 @@ class Scaling:
         if softcap is not None and not 0 < softcap < float("inf"):
             raise ValueError(f"softcap={softcap} must be a positive finite number; None switches it off")
         columns = shard.total(None, width)
+        if columns == 0:
+            raise ValueError("there are no columns; pass logits, or a weight, of at least one token")
         if vocab_size is not None and (
             isinstance(vocab_size, float) or vocab_size < 1 or (columns is not None and vocab_size > columns)
         ):

@@ -50,6 +50,10 @@ class PolicyBatch:
         if (cfg.tis_cap is None) != (self.sampler_logp is None):
             given = "None" if self.sampler_logp is None else "given"
             raise ValueError(f"tis_cap={cfg.tis_cap} but sampler_logp is {given}; set both or leave both None")
+        for name in ("num_tokens", "num_seqs"):
+            count = getattr(self, name)
+            if isinstance(count, torch.Tensor) and count.numel() != 1:
+                raise ValueError(f"{name} has shape {tuple(count.shape)}, but is one number for the whole batch")
         changes = {"mask": self.mask.bool()}
         for name, tensor in {**self._rowwise(), "mask": changes["mask"]}.items():
             require_shape(name, tensor, (num_rows,))

@@ -55,7 +55,8 @@ def join_metrics(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Te
     names = [name for name in parts[0] if not name.startswith("cov_")]
     table = torch.stack([torch.stack([part[name] for name in names]) for part in parts])  # [parts, names]
     tokens, ratio, ess = (table[:, names.index(name)] for name in ("num_tokens", "ratio_mean", "ess"))
-    means = tokens @ table / tokens.sum().clamp(min=1)
+    # A sum of products and no matrix product, which autocast would round.
+    means = (tokens[:, None] * table).sum(0) / tokens.sum().clamp(min=1)
     joined = zip(names, table.sum(0).unbind(), means.unbind(), strict=True)
     result = {name: total if name in SUMS else mean for name, total, mean in joined}
     square_mean = (tokens * torch.where(tokens > 0, ratio.square() / ess, 0)).sum() / tokens.sum()
