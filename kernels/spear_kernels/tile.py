@@ -18,9 +18,17 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 _IMPOSSIBLE = tl.constexpr(float("-inf"))
 
 VECTOR_BYTES = 16
-# By the number of times that a kernel reads a row. One program of 16384 columns and 32 warps fills a multiprocessor:
-# with that few rows in flight, much of a row is still in the L2 cache when it is read again.
+# By the number of times that a kernel reads a row. One program of 16384 columns and 32 warps fills a multiprocessor, so
+# that as few rows as possible are in flight when the second reading begins. By arithmetic the L2 cache (50 MB) still
+# holds about half of 132 float32 rows of 152064 columns then, and of twice as many programs of half the size a quarter;
+# neither is measured.
 LARGEST_BLOCK = {1: 4096, 2: 16384}
+NUM_STAGES = 3
+# What a block may have on compute capabilities 8.0 and 9.0 at least; 8.6, 8.9 and 12.0 have SMALL_SHARED_BYTES.
+SHARED_BYTES = 163 << 10
+SMALL_SHARED_BYTES = 99 << 10
+SMALL_SHARED_ARCHITECTURES = (86, 89, 120)
+ROW_ARCHITECTURES = (80, 90, 100, *SMALL_SHARED_ARCHITECTURES)
 # 32 would save a twelfth of the instructions, but spills with a soft-cap.
 ELEMENTS_PER_THREAD = 16
 
@@ -45,14 +53,17 @@ class RowLaunch:
         return {**self.constants, "num_warps": self.num_warps}
 
 
-def row_launch(vocab_size: int, itemsize: int, passes: int = 1) -> RowLaunch:
+def row_launch(vocab_size: int, itemsize: int, passes: int = 1, shared_bytes: int = SHARED_BYTES) -> RowLaunch:
     """The configuration for rows of `vocab_size` logits of `itemsize` bytes that are read `passes` times (1 or 2).
 
-    A block covers a small vocabulary with the next power of two, from 256 columns on.
+    A block covers a small vocabulary with the next power of two, from 256 columns on; the blocks that the pipeline
+    holds at once, one for each stage but the last, fit `shared_bytes`.
     """
     block = min(LARGEST_BLOCK[passes], max(256, 1 << (vocab_size - 1).bit_length()))
+    while (NUM_STAGES - 1) * block * itemsize > shared_bytes:
+        block //= 2
     warps = max(1, block // (32 * ELEMENTS_PER_THREAD))
-    return RowLaunch(block, VECTOR_BYTES // itemsize, 3, warps)
+    return RowLaunch(block, VECTOR_BYTES // itemsize, NUM_STAGES, warps)
 
 
 @triton.jit
@@ -60,7 +71,7 @@ def row_start(matrix, row, stride, ALIGNED: tl.constexpr):
     """Pointer to the first element of a row; ALIGNED promises 16 bytes."""
     start = matrix + row.to(tl.int64) * stride
     if ALIGNED:
-        # The stride is not specialised on, so without this the compiler would load element by element.
+        # Neither pointer nor stride is specialised on, so without this the compiler would load element by element.
         start = tl.multiple_of(start, 16)
     return start
 
@@ -99,9 +110,19 @@ def soft_cap(raw, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def target_logit(start, token, vocab_size, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Capped logit of one token, -inf if this shard of the vocabulary does not hold it."""
-    inside = (token >= 0) & (token < vocab_size)
+def local_token(ids, row, vocab_size):
+    """The token of a row, int32, -1 if this shard of the vocabulary does not hold it.
+
+    Comparing every column with 64 bits would cost a fifth of the instructions of a gradient.
+    """
+    token = tl.load(ids + row)
+    return tl.where((token >= 0) & (token < vocab_size), token, -1).to(tl.int32)
+
+
+@triton.jit
+def target_logit(start, token, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Capped logit of a `local_token`, -inf for -1."""
+    inside = token >= 0
     logit, _ = soft_cap(tl.load(start + token, mask=inside, other=0.0), softcap, HAS_SOFTCAP)  # pyright: ignore[reportGeneralTypeIssues]
     return tl.where(inside, logit, _IMPOSSIBLE)
 
@@ -142,7 +163,14 @@ def join_lanes(peak, total, weighted, scale):
 
 
 @triton.jit
-def row_softmax(
+def load_tail(start, vocab_size, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """The last block of a row, the only masked one: -inf from vocab_size on."""
+    here = vocab_size // BLOCK * BLOCK + block_columns(BLOCK, WIDTH)
+    return tl.load(start + here, mask=here < vocab_size, other=_IMPOSSIBLE)
+
+
+@triton.jit
+def lane_sums(
     start,
     vocab_size,
     scale,
@@ -152,23 +180,41 @@ def row_softmax(
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Of capped logits y: peak = max y, total = sum exp(d), weighted = sum exp(d) d, with d = (y - peak) / T.
-
-    The peak is that of y and not of y / T: differences of logits are then taken before they are rounded by the scaling.
-    """
+    """Running statistics [LANES] of all blocks of a row but the last."""
     columns = block_columns(BLOCK, WIDTH)
     peak = tl.full([BLOCK // WIDTH], _IMPOSSIBLE, tl.float32)
     total = tl.zeros([BLOCK // WIDTH], tl.float32)
     weighted = tl.zeros([BLOCK // WIDTH], tl.float32)
-    whole = vocab_size // BLOCK * BLOCK
-    for first in tl.range(0, whole, BLOCK, num_stages=STAGES):
+    for first in tl.range(0, vocab_size // BLOCK * BLOCK, BLOCK, num_stages=STAGES):
         raw = tl.load(start + (first + columns))
         logits, _ = soft_cap(raw, softcap, HAS_SOFTCAP)
         peak, total, weighted = fold_block(peak, total, weighted, logits, scale)
-    inside = whole + columns < vocab_size
-    raw = tl.load(start + (whole + columns), mask=inside, other=_IMPOSSIBLE)
-    logits, _ = soft_cap(raw, softcap, HAS_SOFTCAP)
-    peak, total, weighted = fold_block(peak, total, weighted, tl.where(inside, logits, _IMPOSSIBLE), scale)
+    return peak, total, weighted
+
+
+@triton.jit
+def finish_softmax(
+    peak,
+    total,
+    weighted,
+    tail,
+    vocab_size,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Of capped logits y: peak = max y, total = sum exp(d), weighted = sum exp(d) d, with d = (y - peak) / T.
+
+    The peak is that of y and not of y / T: differences of logits are then taken before they are rounded by the scaling.
+    The first three arguments are from `lane_sums`, `tail` from `load_tail`.
+    """
+    inside = vocab_size // BLOCK * BLOCK + block_columns(BLOCK, WIDTH) < vocab_size
+    logits, _ = soft_cap(tail, softcap, HAS_SOFTCAP)
+    # A soft-cap has made -inf finite.
+    logits = tl.where(inside, logits, _IMPOSSIBLE)
+    peak, total, weighted = fold_block(peak, total, weighted, logits, scale)
     return join_lanes(peak, total, weighted, scale)
 
 
@@ -219,9 +265,20 @@ def gradient_block(
 
 
 @triton.jit
+def store_gradient(pointers, gradient, mask=None):
+    """Store values that this kernel does not read again.
+
+    They are the first to leave the L2 cache, so that logits can stay until their second reading; that this pays is
+    not measured.
+    """
+    tl.store(pointers, gradient.to(pointers.dtype.element_ty), mask=mask, cache_modifier=".cs")
+
+
+@triton.jit
 def write_gradient(
     start,
     out_start,
+    tail,
     token,
     vocab_size,
     width,
@@ -241,24 +298,24 @@ def write_gradient(
     """Write the gradient of a row of `width` columns, zeros from vocab_size on, from the last block to the first.
 
     Backwards, because what a forward pass over the row read last is still in the cache, and its beginning may not be.
+    `tail` is from `load_tail`.
     """
     columns = block_columns(BLOCK, WIDTH)
     whole = vocab_size // BLOCK * BLOCK
-    for first in range(whole, width, BLOCK):
-        here = first + columns
-        inside = here < vocab_size
-        raw = tl.load(start + here, mask=inside, other=_IMPOSSIBLE)
-        gradient = gradient_block(
-            raw, here, token, softcap, before, peak, after, offset, slope, hot, HAS_SOFTCAP, HAS_ENTROPY
-        )
-        tl.store(out_start + here, tl.where(inside, gradient, 0.0).to(out_start.dtype.element_ty), mask=here < width)
+    here = whole + columns
+    gradient = gradient_block(
+        tail, here, token, softcap, before, peak, after, offset, slope, hot, HAS_SOFTCAP, HAS_ENTROPY
+    )
+    store_gradient(out_start + here, tl.where(here < vocab_size, gradient, 0.0), here < width)
+    for first in range(whole + BLOCK, width, BLOCK):
+        store_gradient(out_start + (first + columns), tl.zeros_like(gradient), first + columns < width)
     for done in tl.range(0, whole, BLOCK, num_stages=STAGES):
         here = whole - BLOCK - done + columns
         raw = tl.load(start + here)
         gradient = gradient_block(
             raw, here, token, softcap, before, peak, after, offset, slope, hot, HAS_SOFTCAP, HAS_ENTROPY
         )
-        tl.store(out_start + here, gradient.to(out_start.dtype.element_ty))
+        store_gradient(out_start + here, gradient)
 
 
 @triton.jit

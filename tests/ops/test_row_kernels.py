@@ -134,9 +134,11 @@ def test_production_blocks_give_the_same_result_on_a_small_vocabulary(monkeypatc
 def test_blocks_shrink_with_the_vocabulary(monkeypatch):
     monkeypatch.undo()
     assert tile.row_launch(152064, 2).block == 4096
-    assert tile.row_launch(152064, 2, passes=2).block == 16384
+    assert tile.row_launch(152064, 4, passes=2).block == tile.row_launch(152064, 2, passes=2).block == 16384
     assert tile.row_launch(1000, 4).block == 1024
     assert tile.row_launch(3, 4).block == 256
+    small = {"passes": 2, "shared_bytes": tile.SMALL_SHARED_BYTES}
+    assert (tile.row_launch(152064, 4, **small).block, tile.row_launch(152064, 2, **small).block) == (8192, 16384)
     assert (tile.row_launch(3, 4).width, tile.row_launch(3, 2).width) == (4, 8)
 
 

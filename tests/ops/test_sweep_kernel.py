@@ -7,14 +7,18 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
-from spear_kernels import tile
+from spear_kernels import linear_logprob, linear_policy_loss, logprob, policy_loss, tile
 from spear_kernels.linear_policy_loss import launch
+from spear_kernels.linear_policy_loss.kernel import sweep_kernel
 from spear_kernels.linear_policy_loss.launch import sweep_rows
 from spear_kernels.logprob import launch as logprob_launch
 from spear_kernels.logprob import logprob_reference
+from spear_kernels.logprob.kernel import row_gradient_kernel, row_reduce_kernel
 from spear_kernels.policy_loss import PolicyLossConfig, policy_loss_reference
 from spear_kernels.policy_loss.config import KINDS, KL_KINDS
+from spear_kernels.policy_loss.kernel import policy_loss_kernel
 from spear_kernels.testing import assert_close_to_truth, policy_config
 
 LOCAL_KINDS = [kind for kind in KINDS if kind != "gspo"]
@@ -295,6 +299,61 @@ def test_any_number_of_rows_goes_on_the_first_grid_axis_and_compiles_nothing_new
     assert (few, many) == ((1,), (70000,))
     assert few_constants == many_constants
     assert [type(value) for value in few_args] == [type(value) for value in many_args]
+
+
+def test_blocks_fit_the_shared_memory_of_the_device(monkeypatch):
+    monkeypatch.undo()
+    blocks = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: blocks.append(constants["BLOCK"])
+
+    monkeypatch.setattr(launch, "sweep_kernel", Recorder())
+    rows = replace(problem(1, 20000), vocab_size=20000)
+    for limit in (tile.SHARED_BYTES, tile.SMALL_SHARED_BYTES):
+        monkeypatch.setattr(launch, "shared_bytes", lambda _, limit=limit: limit)
+        sweep(rows, policy_config("ppo"), rows.logits)
+    assert blocks == [16384, 8192]
+
+
+def variant(kernel, args, constants):
+    """What Triton compiles a launch for: types, alignment of pointers, integers that are 1 or divisible by 16."""
+    rules = kernel.kwargs
+
+    def of(name, value):
+        if isinstance(value, torch.Tensor):
+            return value.dtype, name in rules["do_not_specialize_on_alignment"] or value.data_ptr() % 16 == 0
+        if isinstance(value, int) and name not in rules["do_not_specialize"]:
+            return value == 1, value % 16 == 0
+        return type(value)
+
+    return tuple(map(of, kernel.arg_names, args)), tuple(sorted(constants.items()))
+
+
+def test_rows_and_chunks_that_start_anywhere_compile_nothing_new(monkeypatch):
+    """Chunks are slices [start, stop) of per-row tensors and of tables [4, N], so N decides their alignment."""
+    kernels = sweep_kernel, row_reduce_kernel, row_gradient_kernel, policy_loss_kernel
+    seen = {kernel: set() for kernel in kernels}
+
+    def record(self, *args, grid, warmup, **constants):
+        seen.setdefault(self, set()).add(variant(self, args, constants))
+
+    # Nothing runs, so results are what the memory held; no launch depends on them.
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    weight = torch.randn(48, 8)
+    for num_rows in (96, 97, 98, 99, 128, 1):
+        hidden, ids = torch.randn(num_rows, 8, requires_grad=True), torch.arange(num_rows) % 48
+        old_logp, advantages, mask = torch.randn(num_rows), torch.randn(num_rows), torch.ones(num_rows).bool()
+        options = {"chunk_bytes": 64 * 48 * 4, "backend": "triton"}
+        tokens = (old_logp, advantages, mask, PolicyLossConfig())
+        linear_policy_loss(hidden, weight, ids, *tokens, **options).loss.backward()
+        logp = linear_logprob(hidden, weight, ids, **options).logp
+        logp.sum().backward()
+        logprob((hidden @ weight.T)[num_rows // 3 :], ids[num_rows // 3 :], backend="triton").logp.sum().backward()
+        policy_loss(logp.detach()[1:], old_logp[1:], advantages[1:], mask[1:], PolicyLossConfig(), backend="triton")
+    # policy_loss runs with entropy, for the metrics of linear_policy_loss, and without.
+    assert [len(seen[kernel]) for kernel in kernels] == [1, 1, 1, 2]
 
 
 def test_bad_arguments_are_named():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from spear_kernels.linear_policy_loss.kernel import sweep_kernel
-from spear_kernels.logprob.launch import aligned, check_out, check_rows, launch_rows, vector
+from spear_kernels.logprob.launch import aligned, check_out, check_rows, launch_rows, shared_bytes, vector
 from spear_kernels.tile import row_launch
 
 
@@ -54,7 +54,7 @@ def sweep_rows(
     launch_rows(
         sweep_kernel,
         logits,
-        row_launch(vocab_size, logits.element_size(), passes=1 if out is None else 2),
+        row_launch(vocab_size, logits.element_size(), 1 if out is None else 2, shared_bytes(device)),
         ids.contiguous(),
         vector(temperature),
         vector(old_logp),

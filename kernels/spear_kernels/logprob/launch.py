@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
+from triton.compiler import max_shared_mem
 
 from spear_kernels.logprob.kernel import row_gradient_kernel, row_reduce_kernel
-from spear_kernels.tile import VECTOR_BYTES, RowLaunch, row_launch
+from spear_kernels.tile import SHARED_BYTES, VECTOR_BYTES, RowLaunch, row_launch
+
+
+@lru_cache
+def shared_bytes(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on a device; for the CPU, which interprets kernels, any number."""
+    return max_shared_mem(device.index) if device.type == "cuda" else SHARED_BYTES
 
 
 def vector(values: torch.Tensor | None) -> torch.Tensor | None:
@@ -87,7 +95,7 @@ def _reduce(
     launch_rows(
         row_reduce_kernel,
         logits,
-        row_launch(vocab_size, logits.element_size()),
+        row_launch(vocab_size, logits.element_size(), shared_bytes=shared_bytes(logits.device)),
         ids.contiguous(),
         vector(temperature),
         out,
@@ -168,7 +176,7 @@ def row_gradient(
     launch_rows(
         row_gradient_kernel,
         logits,
-        row_launch(vocab_size, logits.element_size()),
+        row_launch(vocab_size, logits.element_size(), shared_bytes=shared_bytes(logits.device)),
         ids.contiguous(),
         vector(temperature),
         vector(entropy),
