@@ -309,17 +309,8 @@ def sampler_weighted(weight, sums, old_logp, sampler_logp_in, tis_cap, row, acti
 
 
 _POINTERS = (
-    *(
-        "logp_in",
-        "old_logp_in",
-        "advantages_in",
-        "mask_in",
-        "row_weight_in",
-        "ref_logp_in",
-        "entropy_in",
-        "selected_in",
-    ),
-    *("sampler_logp_in", "sequence_ratio_in", "lengths_in", "count", "d_logp_out", "d_entropy_out"),
+    *("logp_in", "old_logp_in", "advantages_in", "mask_in", "row_weight_in", "ref_logp_in", "entropy_in"),
+    *("selected_in", "sampler_logp_in", "sequence_ratio_in", "lengths_in", "count", "d_logp_out", "d_entropy_out"),
     *("loss", "metrics", "scale", "sums", "finished"),
 )
 
