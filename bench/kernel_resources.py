@@ -1,4 +1,4 @@
-"""What the machine code of every production kernel needs, without a GPU: registers, spills, shared memory.
+"""What the machine code of every production kernel needs, without a GPU: registers, spills, shared memory, loads.
 
 python bench/kernel_resources.py --out bench/results/compile/kernels.json
 """
@@ -18,7 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.machine import ROOT, describe_machine
 from spear_kernels.compile_check import compile_all
 
-HEADER = ("kernel", "arch", "registers", "spill bytes", "shared KiB", "warps", "stages", "tensor-core instruction")
+HEADER = (
+    "kernel",
+    "arch",
+    "registers",
+    "spill bytes",
+    "shared KiB",
+    "warps",
+    "stages",
+    "tensor-core instruction",
+    "16-byte async copies",
+    "16-bit loads",
+)
 
 
 def main() -> None:
@@ -54,6 +65,8 @@ def _row(kernel: dict[str, Any]) -> tuple[str, ...]:
         str(kernel["num_warps"]),
         str(kernel["num_stages"]),
         kernel["tensor_core"] or "none",
+        str(kernel["async_copies"]),
+        str(kernel["scalar_loads"]),
     )
 
 

@@ -21,15 +21,18 @@ from typing import Any
 
 KERNEL_MODULES = (
     "spear_kernels.logprob.kernel",
-    "spear_kernels.linear_logprob.kernel",
+    "spear_kernels.linear_logprob.productions",
     "spear_kernels.linear_policy_loss.kernel",
     "spear_kernels.policy_loss.kernel",
 )
 ARCHITECTURES = (80, 90, 100)
 # Most shared memory that a block may ask for, by compute capability (CUDA programming guide, technical specifications).
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # Longest name first: "tcgen05.mma" must not be taken for "mma".
 TENSOR_CORE_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+
+ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10")
+SCALAR_LOAD = re.compile(r"ld\.global[.\w:]*\.[bu]16\b")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Production:
     max_spill_bytes: int  # stack per thread
     max_shared_bytes: int  # per block
     archs: tuple[int, ...] = ARCHITECTURES  # compute capabilities times 10 that launches use this configuration on
+    min_async_copies: int = 0  # 16-byte copies to shared memory in the code of one thread
+    max_scalar_loads: int | None = None  # 16-bit loads in the code of one thread; None: not held
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Resources:
     spill_bytes: int  # stack per thread; Triton kernels have no other use for a stack
     shared_bytes: int  # per block, dynamic
     tensor_core: str  # the PTX instruction of its matrix products, "" if it has none
+    async_copies: int  # instructions that copy 16 bytes to shared memory while the thread goes on
+    scalar_loads: int  # instructions that load 16 bits: half-precision numbers one at a time
 
     @property
     def uses_tensor_cores(self) -> bool:
@@ -69,13 +76,17 @@ class Resources:
 
     def violations(self, production: Production, arch: int) -> list[str]:
         """The bounds of `production`, and the limit of the architecture, that these resources break."""
-        shared = min(production.max_shared_bytes, SHARED_LIMIT[arch])
+        shared, most_scalar = min(production.max_shared_bytes, SHARED_LIMIT[arch]), production.max_scalar_loads
         bounds = (
             ("registers", self.registers, production.max_registers),
             ("spill bytes", self.spill_bytes, production.max_spill_bytes),
             ("shared bytes", self.shared_bytes, shared),
+            ("scalar loads", self.scalar_loads, self.scalar_loads if most_scalar is None else most_scalar),
         )
-        return [f"{what} {used} > {bound}" for what, used, bound in bounds if used > bound]
+        broken = [f"{what} {used} > {bound}" for what, used, bound in bounds if used > bound]
+        if self.async_copies < production.min_async_copies:
+            broken.append(f"asynchronous copies {self.async_copies} < {production.min_async_copies}")
+        return broken
 
 
 def compile_for(production: Production, arch: int) -> Resources:
@@ -90,7 +101,8 @@ def compile_for(production: Production, arch: int) -> Resources:
     options = {"num_warps": production.num_warps, "num_stages": production.num_stages}
     compiled = triton.compile(_source(production), target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _registers_and_stack(compiled.asm["cubin"])
-    return Resources(registers, stack, compiled.metadata.shared, tensor_core_instruction(compiled.asm["ptx"]))
+    ptx = compiled.asm["ptx"]
+    return Resources(registers, stack, compiled.metadata.shared, tensor_core_instruction(ptx), *loads_of(ptx))
 
 
 def _source(production: Production) -> Any:
@@ -120,9 +132,26 @@ def specialised_counts(kernel: Any) -> list[str]:
     return [p.name for p in kernel.params if p.name.startswith("num_") and not (p.is_constexpr or p.do_not_specialize)]
 
 
+def specialised_alignments(kernel: Any) -> list[str]:
+    """Arguments of a triton.jit function whose alignment, or divisibility by 16, would decide what is compiled."""
+    seen = (p for p in kernel.params if not (p.is_constexpr or p.do_not_specialize or p.do_not_specialize_on_alignment))
+    return [p.name for p in seen]
+
+
+def unseen_alignments(production: Production) -> list[str]:
+    """Arguments that `production` says are aligned, though no launch lets the compiler see it."""
+    seen = specialised_alignments(production.kernel)
+    return [name for name, kind in production.signature.items() if kind.endswith(":16") and name not in seen]
+
+
 def tensor_core_instruction(ptx: str) -> str:
     """The tensor-core instruction that PTX text contains, "" if none."""
     return next((name for name in TENSOR_CORE_INSTRUCTIONS if name in ptx), "")
+
+
+def loads_of(ptx: str) -> tuple[int, int]:
+    """How many asynchronous copies of 16 bytes to shared memory, and how many 16-bit loads, PTX text contains."""
+    return len(ASYNC_COPY.findall(ptx)), len(SCALAR_LOAD.findall(ptx))
 
 
 def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
@@ -160,14 +189,16 @@ def _compile_named(job: tuple[str, int]) -> dict[str, Any]:
         "num_stages": production.num_stages,
         "violations": resources.violations(production, arch),
         "specialised_counts": specialised_counts(production.kernel),
+        "specialised_alignments": specialised_alignments(production.kernel),
+        "unseen_alignments": unseen_alignments(production),
     }
 
 
 def compile_all(names: Iterable[str] | None = None, workers: int = 2) -> list[dict[str, Any]]:
     """Compile the named configurations (all) for each of their architectures, in `workers` processes.
 
-    Returns one dictionary per pair with name, arch, the fields of `Resources`, num_warps, num_stages, violations and
-    specialised_counts.
+    Returns one dictionary per pair with name, arch, the fields of `Resources`, num_warps, num_stages, violations,
+    specialised_counts, specialised_alignments and unseen_alignments.
     """
     wanted = None if names is None else set(names)
     jobs = [(p.name, arch) for p in all_productions() if wanted is None or p.name in wanted for arch in p.archs]

@@ -23,7 +23,10 @@ def counted_logits(head: Head, x: torch.Tensor, count: torch.Tensor, buffer: tor
 
     z = buffer[: len(x)]
     unused = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    return live_rows_product(x, head.weight.t(), unused, count, z, bias=head.bias, gather=False, scatter=False)
+    weight, bias = head.weight.t(), head.bias
+    return live_rows_product(
+        x, weight, unused, count, z, bias=bias, gather=False, scatter=False, overwrite_padding=True
+    )
 
 
 def add_counted(sums: GradientSums, rows: slice, x: torch.Tensor, dz: torch.Tensor, live: torch.Tensor) -> None:

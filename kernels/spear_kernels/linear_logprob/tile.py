@@ -9,6 +9,16 @@ import torch
 
 # Row blocks that run side by side, so that they share the tiles of the other operand through the L2 cache.
 GROUP = 8
+# A product over a large depth is cut along it where its tiles fill no wave of programs. By arithmetic, not measured: a
+# part costs as much as 16 steps beside its own (filling the pipeline, 128 KiB written and read again), and parts for
+# more than three waves would take more memory than they save time.
+PART_OVERHEAD, PART_WAVES = 16, 3
+PART_DEPTH = 16384
+"""Products over no more columns than that stay uncut: the width of every hidden state, no large vocabulary."""
+PART_BYTES = 64 << 20
+"""Most memory that the parts of a product may take."""
+SUM_ROWS = 16
+"""Rows that one program of the sum of parts takes, a divisor of every block of rows."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,13 @@ class Tile:
         return {**self.constants(dtype), "num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The constexprs that every kernel of this file shares."""
-        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
-        return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32", **blocks, "GROUP": GROUP}
+        """The constexprs that every product kernel shares."""
+        return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32", **self.blocks}
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The constexprs that say which tile is where."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "GROUP": GROUP}
 
 
 FLOAT32_TILE = Tile(128, 128, 16, 4, 8, 3)
