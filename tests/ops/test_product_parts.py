@@ -133,7 +133,10 @@ def test_products_that_gain_nothing_stay_uncut(depth, num_processors):
 
 
 def test_memory_bounds_the_parts_of_a_device_with_many_processors():
-    assert part_slots(60, 152064, 1000, HOPPER_TILE) == 512
+    slots = part_slots(60, 152064, 1000, HOPPER_TILE)
+    assert slots == 512
+    assert division(60, 2376, 1000, slots) == (0, 8)
+    assert division(600, 2376, 1000, slots) == (0, 1)
 
 
 @pytest.mark.parametrize("width", [64, 75, 80, 95, 96])
@@ -166,6 +169,7 @@ def test_padding_is_taken_for_readable_only_where_the_memory_has_it():
     assert padded_width(in_padding(torch.zeros(3, 75))) == 80
     assert padded_width(torch.zeros(3, 75)) == 75
     assert padded_width(torch.zeros(3, 80)) == 80
+    assert padded_width(torch.zeros(4, 75)[:3]) == 75  # What follows a row is the next row.
     ends_early = torch.zeros(2 * 96 + 75).as_strided((3, 75), (96, 1))
     assert padded_width(ends_early) == 75
     assert padded_width(ends_early[:2]) == 80
