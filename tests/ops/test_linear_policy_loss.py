@@ -86,6 +86,26 @@ def test_loss_and_gradients_equal_the_definition(kind, aggregation, entropy_coef
         torch.testing.assert_close(actual.grad, exact.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("kind", "terms"),
+    [
+        ("ppo", {"entropy_coef": 0.03, "kl_coef": 0.0}),
+        ("ppo", {"entropy_coef": 0.0, "kl_coef": 0.2}),
+        ("kl_cov", {"entropy_coef": 0.0, "kl_coef": 0.0, "cov_ratio": 1.0}),
+        ("ppo", {"entropy_coef": 0.0, "kl_coef": 0.0}),
+    ],
+)
+def test_rows_of_zero_advantage_keep_the_gradient_of_other_terms(kind, terms):
+    cfg = policy_config(kind, **terms)
+    p, head = problem()
+    p.advantages[p.seq_ids % 3 == 0] = 0
+    inputs, true_inputs = leaves(head), leaves(head)
+    run(p, head, cfg, inputs).loss.backward()
+    truth(p, head, cfg, true_inputs).backward()
+    for actual, exact in zip(inputs, true_inputs, strict=True):
+        torch.testing.assert_close(actual.grad, exact.grad, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["ppo", "clip_cov"])
 def test_rows_that_turn_out_idle_in_any_chunk(kind):
     """All rows enter in order, and clipped or dropped ones leave their chunk before the backward products."""
