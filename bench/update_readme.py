@@ -94,7 +94,7 @@ def ops_table(result: dict[str, Any]) -> str:
         measured = {name: run for name, run in case["contenders"].items() if run["status"] == "measured"}
         floor = measured["floor"]["median_s"]
         for name, run in sorted(measured.items(), key=lambda entry: entry[1]["median_s"]):
-            memory = (run["peak_extra_bytes"] - (0 if name.startswith("floor") else case["gradient_bytes"])) / 2**20
+            memory = (run["peak_extra_bytes"] - case["gradient_bytes"]) / 2**20
             error = run.get("errors", {}).get("logp_p99")
             cells = [name, f"{run['median_s']:.2f}", f"{run['median_s'] / floor:.2f}", f"{max(memory, 0):.0f}"]
             lines.append(f"| {' | '.join([*cells, '' if error is None else f'{error:.0e}'])} |")
