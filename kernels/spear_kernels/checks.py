@@ -29,7 +29,7 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`tensor` on `device`, without making the host wait for work that the device has not done yet."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    if device.type == "cuda" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         # A copy from memory that is not page-locked would wait.
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

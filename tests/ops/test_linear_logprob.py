@@ -24,7 +24,12 @@ def test_gradcheck():
     def function(hidden, weight, bias):
         return linear_logprob(hidden, weight, p.ids, p.temperature, bias=bias, chunk_bytes=2 * 7 * 8)
 
+    def definition(hidden, weight, bias):
+        return linear_logprob_reference(hidden, weight, p.ids, p.temperature, bias, softcap=3.0, vocab_size=6)
+
     assert torch.autograd.gradcheck(function, inputs)
+    p.ids %= 6
+    assert torch.autograd.gradcheck(definition, inputs)
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 4, 23, 1000])

@@ -219,6 +219,13 @@ def test_gradient_over_the_logits_in_place():
         out.logp.sum().backward()
 
 
+def test_rows_that_share_memory_are_not_written_over():
+    logits, ids = random_case(1, 15)
+    own = logits.clone().requires_grad_()
+    logprob((own * 1).expand(4, 15), ids.expand(4), inplace_backward=True).logp.sum().backward()
+    torch.testing.assert_close(own.grad, 4 * gradients(logprob_reference, logits, ids, d_entropy=0.0))
+
+
 def test_half_precision_logits_are_widened_in_tiles():
     logits, ids = random_case(600, 4001)
     logits = logits.bfloat16()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -187,6 +188,63 @@ def test_rows_are_counted_on_the_device_without_waiting(cfg, on_a_device):
     assert_all_close_to_truth(actual, exact, plain)
     assert (result.logp[~p.mask] == 0).all()
     assert (actual[1][~p.mask] == 0).all()
+
+
+@pytest.fixture
+def gradient_in_bfloat16(monkeypatch):
+    """Logits in float32 whose gradient has a matrix of its own in bfloat16, as bfloat16 heads have on CUDA."""
+    both_half = lambda x, weight: x.dtype == weight.dtype == torch.bfloat16  # noqa: E731
+    monkeypatch.setattr(sys.modules["spear_kernels.linear_logprob.head"], "multiplies_into_float32", both_half)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("chunk_bytes", [None, CHUNK_BYTES, 9 * VOCAB * 4])
+def test_linear_logprob_with_a_gradient_matrix_of_its_own(backend, chunk_bytes, gradient_in_bfloat16, monkeypatch):
+    monkeypatch.setattr(rows, "FUSED_MAX_WIDTH", 0)
+    monkeypatch.setattr(rows, "FUSED_MAX_ROWS", 0)
+    p = rounded(head_problem(NUM_ROWS, WIDTH, VOCAB), torch.bfloat16)
+
+    def run(function, dtype, **options):
+        inputs = leaves(p, dtype)
+        return with_gradients(function(*inputs[:2], p.ids, p.temperature, bias=inputs[2], **options), inputs)
+
+    actual = run(linear_logprob, torch.bfloat16, backend=backend, chunk_bytes=chunk_bytes)
+    exact, plain = run(linear_logprob_reference, torch.float64), run(linear_logprob_reference, torch.bfloat16)
+    assert_all_close_to_truth(actual, exact, plain)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("plan_on_host", [None, True, False])
+def test_linear_policy_loss_with_a_gradient_matrix_of_its_own(backend, plan_on_host, gradient_in_bfloat16):
+    p, head = policy_case()
+    p.row_weight[:] = 1
+    head, cfg = rounded(head, torch.bfloat16), policy_config("ppo", **SURROGATE)
+    exact, plain = policy_truth(p, head, cfg, torch.float64), policy_truth(p, head, cfg, torch.bfloat16)
+    device = nullcontext() if plan_on_host is None else as_if_on_a_device(plan_on_host)
+    with device:
+        _, actual = policy_run(p, head, cfg, torch.bfloat16, backend=backend)
+    assert_all_close_to_truth(actual, exact, plain)
+
+
+def test_log_probs_of_masked_rows_are_zero_also_without_gradients(on_a_device):
+    p, head = policy_case()
+    head.hidden[~p.mask] = torch.nan
+    hidden, weight = head.hidden.float(), head.weight.float()
+    with torch.no_grad():
+        result = linear_policy_loss(
+            hidden,
+            weight,
+            head.ids,
+            p.old_logp,
+            p.advantages,
+            p.mask,
+            PolicyLossConfig(),
+            chunk_bytes=CHUNK_BYTES,
+            backend="triton",
+        )
+    assert result.loss.isfinite()
+    assert (result.logp[~p.mask] == 0).all()
+    assert (result.entropy[~p.mask] == 0).all()
 
 
 def test_products_on_the_device_stop_at_the_counts(on_a_device, monkeypatch):

@@ -52,4 +52,4 @@ def add_outer_(total: torch.Tensor, dz: torch.Tensor, x: torch.Tensor) -> None:
     if multiplies_into_float32(x, dz):
         torch.ops.aten.addmm.dtype_out(total, dz.t(), x, total.dtype, out=total)
     else:
-        total.addmm_(dz.t(), x.to(total.dtype))
+        total.addmm_(dz.t().to(total.dtype), x.to(total.dtype))

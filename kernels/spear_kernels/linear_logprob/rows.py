@@ -98,7 +98,10 @@ class HeadRows:
         `write` is called for pieces of a chunk with storage for their logits, or with the logits in `kept` [stop, V].
         """
         head, splits = self.head, self.head.splits_gradient
-        chunks = cut(stop, head.gradient_rows(self.chunk_bytes))
+        # Kept logits have taken three quarters of the budget already, if their gradient needs a matrix of its own.
+        kept_apart = kept is not None and splits
+        limit = head.rows_in(self.chunk_bytes // 4, head.gradient_dtype) if kept_apart else 0
+        chunks = cut(stop, limit or head.gradient_rows(self.chunk_bytes))
         largest = chunks[0].stop
         pieces = head.logits_rows(self.chunk_bytes) if splits else largest
         buffer = kept if kept is not None and not splits else head.buffer(largest, head.gradient_dtype)

@@ -43,11 +43,6 @@ class GradientSums:
             torch.zeros(len(weight), **like) if wanted[2] else None,
         )
 
-    @property
-    def any_wanted(self) -> bool:
-        """Whether there is anything to sum."""
-        return not (self.hidden is None and self.weight is None and self.bias is None)
-
     def add(self, rows: Rows, x: torch.Tensor, dz: torch.Tensor) -> None:
         """Add a chunk: hidden states x [n, H] of `rows` and the gradient dz [n, V] of their logits."""
         width = self.head.width

@@ -68,7 +68,8 @@ def linear_policy_sweep(
     ]
     cfg = config_of(*names, tuple(numbers))
     plan = RowPlan.of(mask, live, len(ids), hidden.device)
-    by_device = _counts_on_device(hidden, weight, bias, settings, plan, unplanned=live is None and may_stay_idle(cfg))
+    unplanned = live is None and may_stay_idle(cfg)
+    by_device = any(wanted) and _counts_on_device(hidden, weight, bias, settings, plan, unplanned)
     plan = plan.counted() if by_device else plan
     rows = head_rows(hidden, weight, bias, ids, settings, plan)
     skipping = Skipping(plan.num_live if any(wanted) else 0, plan.count, by_device)

@@ -183,7 +183,9 @@ def logprob(
     require_shape("ids", ids, (len(logits),))
     width, shard = logits.shape[1], VocabShard.of(group, vocab_offset, logits.shape[1])
     scaling = Scaling.of(temperature, softcap, vocab_size, logits, width, compute_dtype(logits), shard)
-    overwrite = inplace_backward and not torch.compiler.is_compiling()
+    # Rows that share memory, as expanded ones do, cannot each hold a gradient.
+    apart = logits.stride(0) != 0 or logits.shape[0] <= 1
+    overwrite = inplace_backward and apart and not torch.compiler.is_compiling()
     chosen = resolve_backend(backend, logits)
     ids = integers(ids, logits.device)
     logp, entropy, _ = _statistics(
