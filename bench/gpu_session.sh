@@ -20,7 +20,7 @@ python=${PYTHON:-python3}
 seconds=${SESSION_SECONDS:-1500}
 heads=${HEADS:-"qwen2.5-1.5b qwen2.5-7b qwen2.5-32b"}
 tokens=${TOKENS:-"4096 16384 1024 65536"}
-unset TRITON_INTERPRET
+export TRITON_INTERPRET=0
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 # Operators with very different buffers share a process; without this their blocks fragment the memory.
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device: collected where there is one, by bench/gpu_session.sh; nothing here is skipped.
+"""Tests that need a CUDA device: collected where there is one and TRITON_INTERPRET=0, as bench/gpu_session.sh sets it.
 
 SPEAR_GPU_TESTS_ON_CPU=1 runs them small, in Triton's interpreter, to see that they still work themselves.
 """
@@ -10,15 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 REHEARSAL = os.environ.get("SPEAR_GPU_TESTS_ON_CPU") == "1" and not torch.cuda.is_available()
-if REHEARSAL:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+NATIVE = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 
-collect_ignore_glob = [] if torch.cuda.is_available() or REHEARSAL else ["test_*.py"]
-
-import pytest  # noqa: E402
+collect_ignore_glob = [] if NATIVE or REHEARSAL else ["test_*.py"]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,6 @@
-"""Every operator test runs with uninitialised memory poisoned by NaN, and Triton kernels in the interpreter."""
+"""Every operator test runs with uninitialised memory poisoned by NaN."""
 
 from __future__ import annotations
-
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported.
 
 import pytest
 
