@@ -51,7 +51,7 @@ FENCES = {
 }
 """Packages of spear_fast that only these files (or folders) may import."""
 
-TRITON_FILES = ("kernel.py", "launch.py", "tile.py", "compile_check.py")
+TRITON_FILES = ("kernel.py", "counted_kernel.py", "launch.py", "tile.py", "compile_check.py")
 """Files of spear_kernels that may import triton; none of them is read on `import spear_kernels`."""
 
 HEAVY = (
