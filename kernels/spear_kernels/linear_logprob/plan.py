@@ -61,12 +61,8 @@ class RowPlan:
         order, count = order_and_count(self.unknown)
         return RowPlan(self.num_rows, order, self.num_rows, None, count)
 
-    def spread(self, values: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Values of the rows that enter, along `dim`, at their places among all N rows; zeros elsewhere."""
-        dim %= values.dim()
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Values [..., n] of the rows that enter at their places among all rows, [..., N]; zeros elsewhere."""
         if self.index is not None:
-            shape = (*values.shape[:dim], self.num_rows, *values.shape[dim + 1 :])
-            return values.new_zeros(shape).index_copy_(dim, self.index, values)
-        if self.unknown is None:
-            return values
-        return torch.where(self.unknown.reshape(-1, *(1,) * (values.dim() - 1 - dim)), values, 0)
+            return values.new_zeros(*values.shape[:-1], self.num_rows).index_copy_(-1, self.index, values)
+        return values if self.unknown is None else torch.where(self.unknown, values, 0)

@@ -108,11 +108,6 @@ def combine(partials: torch.Tensor) -> torch.Tensor:
     return torch.stack([logp, entropy, peak, log_total])
 
 
-def tile_statistics(z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Statistics [4, n] of one tile of scaled logits z [n, V], which is destroyed."""
-    return combine(tile_partials_(z, ids)[0][None])
-
-
 def tile_gradient_(
     z: torch.Tensor, ids: torch.Tensor, stats: RowStatistics, coefficients: Coefficients, scaling: Scaling
 ) -> torch.Tensor:

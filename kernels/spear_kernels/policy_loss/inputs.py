@@ -60,10 +60,6 @@ class PolicyBatch:
             changes[name] = tensor.detach() if device is None else to_device(tensor.detach(), device)
         return replace(self, **changes)
 
-    def take(self, rows: torch.Tensor) -> PolicyBatch:
-        """The batch of some rows, int64 [n]; the given counts stay."""
-        return replace(self, **{name: tensor[rows] for name, tensor in self._rowwise().items()})
-
     def with_selection(self, logp: torch.Tensor, cfg: PolicyLossConfig) -> tuple[PolicyBatch, torch.Tensor | None]:
         """Fill `selected` if the loss needs it; also the covariance float64 [N] when it had to be computed."""
         if not cfg.uses_covariance or self.selected is not None:

@@ -8,11 +8,9 @@ from spear_kernels.backend import resolve_backend
 from spear_kernels.checks import require_shape
 from spear_kernels.cov_select.op import all_rows
 from spear_kernels.policy_loss.config import PolicyLossConfig
-from spear_kernels.policy_loss.evaluate import torch_evaluation
 from spear_kernels.policy_loss.inputs import Count, PolicyBatch
 from spear_kernels.policy_loss.library import policy_loss_operator
 from spear_kernels.policy_loss.metrics import named_metrics
-from spear_kernels.policy_loss.terms import TokenTerms
 from spear_kernels.results import PolicyLossResult
 
 
@@ -26,21 +24,6 @@ def _metrics_of(
         has_sampler=batch.sampler_logp is not None,
         has_quantiles=has_quantiles,
     )
-
-
-def loss_and_terms(
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None,
-    batch: PolicyBatch,
-    cfg: PolicyLossConfig,
-    cov: torch.Tensor | None,
-) -> tuple[PolicyLossResult, TokenTerms]:
-    """Loss (a constant), metrics and per-token coefficients for detached logp and entropy [N], by torch.
-
-    `batch` and `cov` come from `PolicyBatch.with_selection`.
-    """
-    vector, terms = torch_evaluation(logp, entropy, batch, cfg, cov)
-    return PolicyLossResult(vector[0], _metrics_of(vector, entropy, batch, cov is not None)), terms
 
 
 def policy_loss(
