@@ -93,10 +93,10 @@ def make_engine(config: RunConfig, policy: Policy) -> Engine:
     """Return the rollout engine, holding a copy of the policy's weights.
 
     Raises:
-        ConfigError: `rollout.engine` names none.
+        ConfigError: `engine.name` names none.
     """
-    if config.rollout.engine != "hf":
-        raise ConfigError(f"rollout.engine={config.rollout.engine!r} is unknown; use hf")
+    if config.engine.name != "hf":
+        raise ConfigError(f"engine.name={config.engine.name!r} is unknown; use hf")
     from spear_fast.rollout.hf_engine import HFEngine
 
     return HFEngine(

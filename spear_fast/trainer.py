@@ -192,7 +192,8 @@ class Trainer:
         update = self.config.update
         self.progress.phase("update")
         with metrics.phase("update"):
-            gap = correct_old_logp(rows, self.updater.score, mode=update.old_logp, tis_clip=update.tis_clip)
+            mode = "recompute" if update.recompute_old_logp else "sampler"
+            gap = correct_old_logp(rows, self.updater.score, mode=mode, tis_clip=update.tis_clip)
             self._check_gap(gap)
             if self.reference is not None:
                 fill_ref_logp(rows, self.reference)

@@ -18,10 +18,10 @@ import setuptools
 ROOT = Path(__file__).resolve().parents[1]
 
 RANKS = {
-    **dict.fromkeys(("__init__", "errors", "schedules", "seeds", "statistics", "types"), 0),
+    **dict.fromkeys(("__init__", "errors", "schedules", "seeds", "statistics", "types", "weights_digest"), 0),
     "config": 1,
     **dict.fromkeys(("advantages", "batching", "losses", "replay", "rewards"), 2),
-    **dict.fromkeys(("checkpoint", "data", "envs", "log", "rollout", "sync", "update"), 3),
+    **dict.fromkeys(("checkpoint", "data", "dist", "envs", "log", "memory", "rollout", "sync", "update"), 3),
     **dict.fromkeys(("assemble", "run_folder"), 4),
     **dict.fromkeys(("cold_start", "evaluate"), 5),
     "trainer": 6,
@@ -44,7 +44,10 @@ FENCES = {
     "tensorboard": ("log/sinks.py",),
     "torch.utils.tensorboard": ("log/sinks.py",),
     "matplotlib": ("log/plot.py",),
-    "vllm": ("rollout/vllm_engine.py", "rollout/vllm_worker.py"),
+    "vllm": ("rollout/vllm_core.py", "rollout/vllm_compat.py"),
+    "peft": ("update/lora.py",),
+    "liger_kernel": ("update/liger.py",),
+    "pynvml": ("memory/readings.py",),
     "yaml": ("config/",),
     "rich": ("log/progress.py", "cli.py"),
     "triton": (),

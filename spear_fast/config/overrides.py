@@ -10,6 +10,9 @@ from spear_fast.errors import ConfigError
 from .merge import merge
 from .yaml_text import parse
 
+SHORT_FOR = {"engine": "engine.name"}
+"""Sections that may be set to a name."""
+
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the nested settings that `key=value` arguments stand for; a later one wins.
@@ -37,6 +40,8 @@ def _nested(argument: str) -> dict[str, Any]:
             f"override {argument!r} is not of the form key=value; write for example algo.replay.enabled=false"
         )
     value = parse(text, f"override {argument!r}")
+    if key.strip() in SHORT_FOR and isinstance(value, str):
+        parts = SHORT_FOR[key.strip()].split(".")
     for part in reversed(parts):
         value = {part: value}
     return value

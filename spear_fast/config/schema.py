@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-
-
-class Section(BaseModel):
-    """A strict part of the configuration: unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from .machine import EngineConfig, MemoryConfig, ParallelConfig
+from .section import (
+    Beta,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Share,
+    UnitInterval,
+)
 
 
 def _check_bounds(section: str, lower: float, upper: float) -> None:
@@ -35,7 +31,7 @@ class TaskConfig(Section):
 
     name: str
     """A registered task set, e.g. "calculator", "treasure" or "prompts"."""
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field(default={})
     """Settings of the task set itself; each set declares and checks its own."""
 
 
@@ -72,6 +68,19 @@ class ModelInit(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters through peft, instead of training all weights."""
+
+    rank: NonNegative = 0
+    """Rank of the adapters; 0 trains all weights."""
+    alpha: PositiveFloat = 32.0
+    """Scale of the adapters: they add alpha / rank * B A."""
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), strict=False
+    )
+    """Names of the linear layers that get adapters."""
+
+
 class ModelConfig(Section):
     """The policy."""
 
@@ -79,7 +88,14 @@ class ModelConfig(Section):
     """Folder of a Hugging Face causal model with its tokenizer; None builds a random model from `init`."""
     init: ModelInit = ModelInit()
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the trained weights."""
+    """Type of the forward and backward pass; master weights and optimizer state are float32."""
+    attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"
+    """Packed attention: flash-attn's varlen, FlexAttention or SDPA; "auto" takes the first that works here."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's RMSNorm, RoPE and SwiGLU; "auto" uses them on CUDA when liger-kernel is installed."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    lora: LoraConfig = LoraConfig()
 
 
 class ColdStartConfig(Section):
@@ -100,8 +116,13 @@ class ColdStartConfig(Section):
 class RolloutConfig(Section):
     """How trajectories are sampled."""
 
-    engine: Literal["hf"] = "hf"
-    """What samples tokens: "hf" is transformers, embedded."""
+    mode: Literal["sync", "partial"] = "sync"
+    """"sync" waits for every trajectory of a step; "partial" starts more groups than a step needs, pauses the
+    stragglers when enough are done, and goes on with them in the next step."""
+    oversample: Annotated[float, Field(ge=1.0)] = 1.5
+    """With "partial": groups in flight, as a multiple of prompts_per_step."""
+    max_stale_steps: Positive = 2
+    """With "partial": a paused group that is this many steps old is waited for."""
     prompts_per_step: Positive = 16
     """Prompts P per training step."""
     group_size: Positive = 8
@@ -115,10 +136,10 @@ class RolloutConfig(Section):
     temperature: PositiveFloat = 1.0
     """Sampling temperature of training; log-probs are taken at it."""
     max_concurrent: Positive = 256
-    """Trajectories in flight, and slots of the "hf" engine."""
+    """Trajectories in flight on one rank, and requests that its engine runs at once."""
     tool_timeout_s: PositiveFloat = 30.0
     """Longest run of one tool call, in seconds."""
-    tool_timeouts_s: dict[str, PositiveFloat] = {}
+    tool_timeouts_s: dict[str, PositiveFloat] = Field(default={})
     """The same for single tools, by name."""
     tool_retries: NonNegative = 0
     """Repeats of an async tool's call that timed out, before the trajectory ends as tool_timeout."""
@@ -289,14 +310,24 @@ class UpdateConfig(Section):
     """Passes over the trajectories of a training step."""
     token_budget: Positive = 8192
     """Packed tokens per micro-batch."""
-    old_logp: Literal["sampler", "recompute"] = "sampler"
-    """Old log-probs: the sampler's own, or a forward pass of the trainer before the update."""
+    share_prompts: bool = True
+    """Compute the common prompt of a group's trajectories once per micro-batch instead of once per trajectory."""
+    old_logp: Literal["auto", "sampler", "recompute"] = "auto"
+    """Old log-probs: the sampler's own, or a forward pass of the trainer before the update. "auto" recomputes only
+    when update.epochs or update.tis_clip makes it needed."""
     max_logp_gap: PositiveFloat = 0.1
     """Largest mean |trainer - sampler| log-prob difference in nats; above it the run stops."""
     tis_clip: float | None = Field(default=None, gt=0.0)
     """With "recompute": weight tokens by min(exp(trainer - sampler), tis_clip); None switches it off."""
     head_chunk_mib: Positive | None = None
     """Memory for the logits that exist at once, in MiB; None takes 1024 on a GPU and 64 on the CPU."""
+
+    @property
+    def recompute_old_logp(self) -> bool:
+        """Whether a forward pass before the update replaces the sampler's log-probs."""
+        if self.old_logp != "auto":
+            return self.old_logp == "recompute"
+        return self.epochs > 1 or self.tis_clip is not None
 
     @property
     def head_chunk_bytes(self) -> int | None:
@@ -354,6 +385,9 @@ class RunConfig(Section):
     """Where the policy is trained and sampled; auto takes CUDA when there is one."""
     task: TaskConfig
     model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
     cold_start: ColdStartConfig = ColdStartConfig()
     rollout: RolloutConfig = RolloutConfig()
     algo: AlgoConfig = AlgoConfig()
@@ -390,7 +424,7 @@ class RunConfig(Section):
                 "lower the former",
             ),
             (
-                update.tis_clip is not None and update.old_logp != "recompute",
+                update.tis_clip is not None and update.old_logp == "sampler",
                 "update.tis_clip needs update.old_logp=recompute: with the sampler's log-probs the ratio already holds "
                 "the correction",
             ),
@@ -399,9 +433,8 @@ class RunConfig(Section):
                 "algo.advantage.estimator=gigpo needs rollout.group_size of 2 or more; raise it or use grpo",
             ),
             (
-                self.model.dtype == "bfloat16" and self.steps > 0,
-                "model.dtype=bfloat16 keeps no float32 master weights yet, so small updates would round away; train "
-                "with model.dtype=float32",
+                self.engine.placement == "process" and self.engine.name != "vllm",
+                f"engine.placement=process needs engine.name=vllm, not {self.engine.name}; set engine.placement=inproc",
             ),
             (
                 built and self.cold_start.steps == 0,

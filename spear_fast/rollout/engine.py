@@ -40,7 +40,7 @@ class Completion:
     """Log-prob of each sampled token at the sampling temperature, nats."""
     finish: Literal["stop", "length", "abort"]
     version: int
-    """Version of the weights that sampled it."""
+    """Oldest version of the weights that sampled it; a request that was paused may span several."""
 
 
 class Engine(Protocol):
@@ -63,12 +63,28 @@ class Engine(Protocol):
         """Give up every request; each raises EngineError. The engine can be used again."""
         ...
 
+    def pause(self) -> None:
+        """Take every request off the device and keep what it has sampled; requests, new ones too, wait for `resume`."""
+        ...
+
+    def resume(self) -> None:
+        """Go on with the paused requests, under the weights that are loaded now."""
+        ...
+
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Copy new weights in, drop every cache computed with the old ones, and take the new version."""
+        """Copy new weights in, drop every cache computed with the old ones, and take the new version.
+
+        `named` are all parameters under their Hugging Face names, a tied head left out. Weights that sleep are woken.
+        Raises EngineError while requests run; paused ones are fine.
+        """
+        ...
+
+    def weights_digest(self) -> dict[str, int]:
+        """`weights_digest.digest` of the values that the engine samples with, by Hugging Face parameter name."""
         ...
 
     def sleep(self) -> None:
-        """Free what generation holds (caches); weights_version is kept."""
+        """Free what generation holds: caches, and with a memory plan that says so the weights; the version is kept."""
         ...
 
     def wake(self) -> None:
