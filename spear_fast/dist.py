@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from spear_fast.errors import ConfigError, SpearError
@@ -108,7 +109,8 @@ def start_ranks(device: str, parallel: ParallelConfig, *, shard: bool) -> Ranks:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     _join(rank, size, place, timedelta(seconds=parallel.timeout_s))
-    return Ranks(rank, size, place, dist.new_group(backend="gloo"), _mesh(place, size, parallel.replicate))
+    cpu_group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
+    return Ranks(rank, size, place, cpu_group, _mesh(place, size, parallel.replicate))
 
 
 def _device(wanted: str) -> torch.device:
@@ -135,7 +137,7 @@ def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> Non
         dist.init_process_group(backend, timeout=timeout)
     else:
         # A lone process has nobody to meet, so it needs no address.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=rank, world_size=1, timeout=timeout)
 
 
 def _mesh(device: torch.device, size: int, replicate: int) -> DeviceMesh:

@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
     **dict.fromkeys(("__init__", "errors", "schedules", "seeds", "statistics", "types", "weights_digest"), 0),
     "config": 1,
+    "dist": 1,
     **dict.fromkeys(("advantages", "batching", "losses", "replay", "rewards"), 2),
-    **dict.fromkeys(("checkpoint", "data", "dist", "envs", "log", "memory", "rollout", "sync", "update"), 3),
+    **dict.fromkeys(("checkpoint", "data", "envs", "log", "memory", "rollout", "sync", "update"), 3),
     **dict.fromkeys(("assemble", "run_folder"), 4),
     **dict.fromkeys(("cold_start", "evaluate"), 5),
     "trainer": 6,
@@ -132,7 +133,7 @@ def allowed(importer: str, target: str) -> bool:
         return True
     if imported not in RANKS or (imported == "log" and importer not in LOG_READERS):
         return False
-    if importer in PURE and imported == "config":
+    if importer in PURE and imported in ("config", "dist"):
         return False
     return RANKS[imported] < RANKS[importer] or any(
         importer == source and is_from(target, module) for source, module in SAME_RANK
@@ -169,6 +170,8 @@ def test_parts_import_downwards_only() -> None:
         ("rewards", "types.Group", True),
         ("rewards", "advantages.fill", False),
         ("losses", "config.schema", False),
+        ("batching", "dist", False),
+        ("update", "dist", True),
         ("update", "losses.terms", True),
         ("update", "config.schema", True),
         ("update", "log.metrics", False),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from spear_fast.dist import Ranks
 from spear_fast.errors import CheckpointError
 
 from . import layout
@@ -26,6 +28,7 @@ def save(
     values: Mapping[str, Any] | None = None,
     folders: Mapping[str, Callable[[Path], object]] | None = None,
     keep: int = 2,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write the checkpoint of training step `step` and make it the one to resume from; return its folder.
 
@@ -33,32 +36,53 @@ def save(
     dicts of them), `arrays` to <name>.npz, `values` to <name>.json, and each of `folders` writes into the new folder
     <name> that it is given. The `keep` newest checkpoints remain. Raises CheckpointError if nothing could be written;
     the previous checkpoint then still stands.
+
+    On several ranks all call it with their own `folders` writers, which may communicate; the rest is the main rank's.
+    Their nodes must share the file system.
     """
+    ranks = ranks or Ranks(0, 1, torch.device("cpu"))
     folder = layout.checkpoints_folder(Path(run_folder))
     target = folder / layout.step_name(step)
     temporary = folder / (layout.TEMPORARY_PREFIX + target.name)
+
+    def prepare() -> None:
+        with _explained(target):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            for name in folders or {}:
+                (temporary / name).mkdir()
+
+    def finish() -> None:
+        with _explained(target):
+            _write_parts(temporary, tensors or {}, arrays or {}, values or {})
+            _write_manifest(temporary, step)
+            _put_in_place(temporary, target)
+            _point_to(target)
+            _delete_superseded(folder, target, keep)
+
+    ranks.on_main(prepare)
+    with _explained(target):
+        for name, write in (folders or {}).items():
+            write(temporary / name)
+    ranks.barrier()
+    ranks.on_main(finish)
+    return target
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Turn what the file system says into an error with a remedy."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _write_parts(temporary, tensors or {}, arrays or {}, values or {}, folders or {})
-        _write_manifest(temporary, step)
-        _put_in_place(temporary, target)
-        _point_to(target)
-        _delete_superseded(folder, target, keep)
+        yield
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise CheckpointError(
             f"cannot save checkpoint {target}: {error}; free space or fix permissions there"
         ) from error
-    return target
 
 
 def _write_parts(
-    folder: Path,
-    tensors: Mapping[str, Any],
-    arrays: Mapping[str, Mapping[str, np.ndarray]],
-    values: Mapping[str, Any],
-    folders: Mapping[str, Callable[[Path], object]],
+    folder: Path, tensors: Mapping[str, Any], arrays: Mapping[str, Mapping[str, np.ndarray]], values: Mapping[str, Any]
 ) -> None:
     for name, content in tensors.items():
         torch.save(content, folder / f"{name}.pt")
@@ -69,9 +93,6 @@ def _write_parts(
         np.savez(folder / f"{name}.npz", **cast("dict[str, Any]", content))
     for name, content in values.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1))
-    for name, write in folders.items():
-        (folder / name).mkdir()
-        write(folder / name)
 
 
 def _write_manifest(folder: Path, step: int) -> None:
