@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from spear_fast.dist import Ranks
 from spear_fast.errors import CheckpointError
@@ -15,7 +16,7 @@ from spear_fast.errors import CheckpointError
 def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
     """Write named tensors, sharded ones (DTensor) from every rank its part. All ranks call it with the same names."""
     alone = ranks.cpu_group is None
-    dcp.save(dict(tensors), checkpoint_id=folder, process_group=ranks.cpu_group, no_dist=alone)
+    save(dict(tensors), checkpoint_id=folder, process_group=ranks.cpu_group, no_dist=alone)
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
@@ -25,7 +26,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks
     """
     alone = ranks.cpu_group is None
     try:
-        dcp.load(dict(tensors), checkpoint_id=folder, process_group=ranks.cpu_group, no_dist=alone)
+        load(dict(tensors), checkpoint_id=folder, process_group=ranks.cpu_group, no_dist=alone)
     except Exception as error:  # it wraps whatever went wrong on any rank
         raise CheckpointError(
             f"cannot read {folder}: {error}; it is damaged, or was saved by a run with another model or other settings"
