@@ -5,9 +5,13 @@ from __future__ import annotations
 from spear_fast.config.schema import RunConfig
 from spear_fast.data.prompts import eval_tasks
 from spear_fast.envs.base import TaskSet
+from spear_fast.rollout.collection import refuse_total_failure, rollout_stats
 from spear_fast.rollout.collector import Collector
 from spear_fast.statistics import wilson
 from spear_fast.types import Group
+
+FIRST_UID = 1 << 40
+"""Apart from the uids of training, whose paused trajectories may be in the engine meanwhile."""
 
 
 def evaluate(config: RunConfig, tasks: TaskSet, collector: Collector) -> tuple[dict[str, float], list[Group]]:
@@ -22,9 +26,14 @@ def evaluate(config: RunConfig, tasks: TaskSet, collector: Collector) -> tuple[d
 
     Raises:
         TaskError: The task set has no held-out tasks.
+        EngineError: Every trajectory failed; the first error is quoted.
     """
     chosen = eval_tasks(tasks, config.eval.num_tasks, config.seed)
-    groups, stats = collector.collect(chosen, config.eval.samples, tag="eval", temperature=config.eval.temperature)
+    collection = collector.collect(
+        chosen, config.eval.samples, tag="eval", first_uid=FIRST_UID, temperature=config.eval.temperature
+    )
+    groups, stats = collection.groups, rollout_stats(collection)
+    refuse_total_failure(groups)
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     rate = sum(trajectory.success for trajectory in trajectories) / len(trajectories)
     low, high = wilson(round(rate * len(groups)), len(groups))

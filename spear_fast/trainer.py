@@ -27,6 +27,7 @@ from spear_fast.losses.filters import keep_top_groups, mark_filtered
 from spear_fast.losses.terms import on_policy_terms, replay_terms
 from spear_fast.replay.memory import ReplayMemory
 from spear_fast.rewards.combine import score
+from spear_fast.rollout.collection import refuse_total_failure, rollout_stats
 from spear_fast.run_folder import RunFolder, open_existing, open_new
 from spear_fast.seeds import derive_seed
 from spear_fast.sync.push import push_weights
@@ -156,8 +157,10 @@ class Trainer:
         self.progress.phase("rollout")
         size = self.config.rollout.group_size
         with metrics.phase("rollout"):
-            groups, stats = self.collector.collect(tasks, size, tag=f"train/{step}", first_uid=step * len(tasks) * size)
-        metrics.add(stats)
+            collection = self.collector.collect(tasks, size, tag=f"train/{step}", first_uid=step * len(tasks) * size)
+        groups = collection.groups
+        refuse_total_failure(groups)
+        metrics.add(rollout_stats(collection))
         failed = [t for group in groups for t in group.trajectories if not t.status.usable]
         if failed:
             self.progress.note(f"{len(failed)} trajectories failed, e.g. {failed[0].status.value}: {failed[0].error}")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
 from spear_fast.envs.base import TaskSet
-from spear_fast.errors import EngineError
+from spear_fast.rollout.collection import Collection
 from spear_fast.rollout.engine import Engine
 from spear_fast.rollout.episode import Chat, Episode, EpisodeLimits
 from spear_fast.seeds import derive_seed
-from spear_fast.types import Group, Status, Task, Trajectory
+from spear_fast.types import Group, Task, Trajectory
 
 
 class Collector:
@@ -47,28 +47,30 @@ class Collector:
         tag: str,
         first_uid: int = 0,
         temperature: float | None = None,
-    ) -> tuple[list[Group], dict[str, float]]:
+        share: Sequence[int] | None = None,
+    ) -> Collection:
         """Roll out `group_size` trajectories for each task.
 
         Args:
-            tasks: One group each, in the order of the result.
+            tasks: One group each, in the order of the result; on several ranks the tasks of all of them.
             group_size: Trajectories per task, G.
             tag: Names this collection, e.g. "train/12"; with the run's seed it fixes all draws.
-            first_uid: Trajectory k of the result gets uid `first_uid + k`.
+            first_uid: The trajectory at place k, of task k // G, gets uid `first_uid + k`.
             temperature: Instead of the limits' own; 0 is greedy.
+            share: Places in `tasks` that this rank rolls out, ascending; None takes all. Ids and draws follow from a
+                trajectory's place in the whole list, so they do not depend on how it is shared.
 
         Returns:
-            The groups, failed trajectories included, and statistics `rollout/...`.
-
-        Raises:
-            EngineError: Every trajectory failed; the first error is quoted.
+            The groups of the share, whose ids are their places in `tasks`; failed trajectories included.
         """
         limits = self._limits if temperature is None else replace(self._limits, temperature=temperature)
-        groups = [Group(index, task, []) for index, task in enumerate(tasks)]
+        groups: list[Group] = []
         episodes: deque[Episode] = deque()
-        for group in groups:
+        for index in range(len(tasks)) if share is None else share:
+            group = Group(index, tasks[index], [])
+            groups.append(group)
             for sample in range(group_size):
-                place = group.group_id * group_size + sample
+                place = index * group_size + sample
                 trajectory = Trajectory(group.task, group.group_id, sample, first_uid + place, version=0)
                 group.trajectories.append(trajectory)
                 seed = derive_seed(self._seed, tag, place)
@@ -82,9 +84,7 @@ class Collector:
             raise
         finally:
             self._engine.sleep()
-        stats = rollout_stats(groups, time.perf_counter() - started)
-        _refuse_total_failure(groups)
-        return groups, stats
+        return Collection(groups, time.perf_counter() - started)
 
     def close(self) -> None:
         """End the event loop."""
@@ -99,27 +99,3 @@ class Collector:
         async with asyncio.TaskGroup() as workers:
             for _ in range(min(self._max_concurrent, len(episodes))):
                 workers.create_task(work())
-
-
-def rollout_stats(groups: Sequence[Group], seconds: float) -> dict[str, float]:
-    """Return counts, lengths, statuses and speed of a collection; `seconds` is its wall time."""
-    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    count = max(1, len(trajectories))
-    sampled = sum(trajectory.num_action_tokens for trajectory in trajectories)
-    statuses = Counter(trajectory.status for trajectory in trajectories)
-    stats = {
-        "rollout/trajectories": float(len(trajectories)),
-        "rollout/turns_mean": sum(len(trajectory.turns) for trajectory in trajectories) / count,
-        "rollout/sampled_tokens_mean": sampled / count,
-        "rollout/tokens_per_s": sampled / max(seconds, 1e-9),
-    }
-    return stats | {f"rollout/status_{status.value}_frac": statuses[status] / count for status in Status}
-
-
-def _refuse_total_failure(groups: Sequence[Group]) -> None:
-    failed = [t for group in groups for t in group.trajectories if not t.status.usable]
-    if failed and len(failed) == sum(len(group.trajectories) for group in groups):
-        raise EngineError(
-            f"all {len(failed)} trajectories of this step failed; the first ended as {failed[0].status.value}: "
-            f"{failed[0].error}"
-        )

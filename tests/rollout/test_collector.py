@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from spear_fast.data.chat import Chat
 from spear_fast.data.tokenizer import train_tokenizer
 from spear_fast.errors import EngineError
+from spear_fast.rollout.collection import merge, refuse_total_failure, rollout_stats
 from spear_fast.rollout.collector import Collector
 from spear_fast.rollout.scripted_engine import ScriptedEngine
 from spear_fast.types import Status, Task
@@ -59,7 +61,8 @@ def collector(chat: Chat, tasks: GuessTasks, concurrent: int = 64) -> Collector:
 
 
 def test_groups_come_in_the_order_of_the_tasks_with_their_uids(chat):
-    groups, stats = collector(chat, FlakyTasks(0)).collect(tasks_for(5), 4, tag="train/0", first_uid=100)
+    collection = collector(chat, FlakyTasks(0)).collect(tasks_for(5), 4, tag="train/0", first_uid=100)
+    groups, stats = collection.groups, rollout_stats(collection)
     assert [group.task.index for group in groups] == list(range(5))
     assert [t.uid for group in groups for t in group.trajectories] == list(range(100, 120))
     assert stats["rollout/trajectories"] == 20 and stats["rollout/status_ok_frac"] == 1.0
@@ -67,10 +70,37 @@ def test_groups_come_in_the_order_of_the_tasks_with_their_uids(chat):
 
 def test_draws_depend_on_run_seed_tag_and_place_only(chat):
     def texts(concurrent: int, tag: str) -> list[str]:
-        groups, _ = collector(chat, FlakyTasks(0), concurrent).collect(tasks_for(5), 4, tag=tag)
+        groups = collector(chat, FlakyTasks(0), concurrent).collect(tasks_for(5), 4, tag=tag).groups
         return [t.messages[-1]["content"] for group in groups for t in group.trajectories]
 
     assert texts(64, "a") == texts(2, "a") != texts(64, "b")
+
+
+def test_ranks_together_roll_out_what_one_would_alone(chat):
+    def record(parts) -> list[tuple]:
+        return [
+            (group.group_id, group.task.index, t.uid, t.sample, t.group_id, t.messages[-1]["content"])
+            for group in merge(parts).groups
+            for t in group.trajectories
+        ]
+
+    def parts(shares):
+        arguments = {"tag": "train/3", "first_uid": 40}
+        return [collector(chat, FlakyTasks(0)).collect(tasks_for(5), 4, share=share, **arguments) for share in shares]
+
+    alone = record(parts([None]))
+    assert [row[:3] for row in alone] == [(place // 4, place // 4, 40 + place) for place in range(20)]
+    assert record(parts([range(1, 5, 2), range(0, 5, 2)])) == alone
+    assert record(parts([(), [0, 1, 4], (2, 3)])) == alone
+
+
+def test_statistics_of_all_ranks_take_the_slowest_ones_time(chat):
+    parts = [collector(chat, FlakyTasks(0)).collect(tasks_for(2), 4, tag="t", share=[rank]) for rank in range(2)]
+    sampled = sum(t.num_action_tokens for part in parts for group in part.groups for t in group.trajectories)
+    stats = rollout_stats(
+        merge([replace(part, seconds=seconds) for part, seconds in zip(parts, (2.0, 4.0), strict=True)])
+    )
+    assert stats["rollout/trajectories"] == 8 and stats["rollout/tokens_per_s"] == sampled / 4
 
 
 def test_concurrency_is_used_and_bounded(chat):
@@ -80,8 +110,9 @@ def test_concurrency_is_used_and_bounded(chat):
 
 
 def test_failures_are_counted_and_kept_apart(chat):
-    groups, stats = collector(chat, FlakyTasks(4)).collect(tasks_for(4), 4, tag="t")
-    failed = [t for group in groups for t in group.trajectories if t.status is Status.ENV_ERROR]
+    collection = collector(chat, FlakyTasks(4)).collect(tasks_for(4), 4, tag="t")
+    stats = rollout_stats(collection)
+    failed = [t for group in collection.groups for t in group.trajectories if t.status is Status.ENV_ERROR]
     assert len(failed) == 4 and stats["rollout/status_env_error_frac"] == 0.25
 
 
@@ -105,7 +136,7 @@ def test_an_interrupt_ends_the_collection_and_the_next_one_works(chat):
     finally:
         signal.signal(signal.SIGINT, inherited)
     flaky._environment = GuessEnv
-    assert aborted and one.collect(tasks_for(2), 2, tag="t")[1]["rollout/status_ok_frac"] == 1.0
+    assert aborted and rollout_stats(one.collect(tasks_for(2), 2, tag="t"))["rollout/status_ok_frac"] == 1.0
 
 
 def test_a_task_set_that_cannot_make_an_environment_costs_that_trajectory_only(chat):
@@ -118,11 +149,14 @@ def test_a_task_set_that_cannot_make_an_environment_costs_that_trajectory_only(c
                 raise OSError("too many open files")
             return GuessEnv()
 
-    groups, _ = collector(chat, Full(None, 0)).collect(tasks_for(1), 4, tag="t")
+    groups = collector(chat, Full(None, 0)).collect(tasks_for(1), 4, tag="t").groups
     (failed,) = [t for t in groups[0].trajectories if not t.status.usable]
     assert failed.status is Status.ENV_ERROR and "too many open files" in str(failed.error)
 
 
 def test_a_step_in_which_everything_failed_is_an_error_with_its_cause(chat):
+    failed = collector(chat, FlakyTasks(1)).collect(tasks_for(2), 2, tag="t").groups
     with pytest.raises(EngineError, match=r"all 4 trajectories .* env_error: TypeError"):
-        collector(chat, FlakyTasks(1)).collect(tasks_for(2), 2, tag="t")
+        refuse_total_failure(failed)
+    refuse_total_failure(failed + collector(chat, FlakyTasks(0)).collect(tasks_for(1), 1, tag="t").groups)
+    refuse_total_failure([])
