@@ -34,7 +34,7 @@ RANKS = {
 PURE = {part for part, rank in RANKS.items() if rank == 2}
 PURE_WITH_OPS = {"advantages", "losses", "replay"}
 """The pure parts whose maths is in spear_kernels."""
-SAME_RANK = (("rollout", "envs"), ("rollout", "data"), ("sync", "rollout.engine"), ("sync", "update.model"))
+SAME_RANK = (("rollout", "envs"), ("rollout", "data"), ("sync", "rollout.engine"), ("sync", "update.model"), ("update", "dist"))
 """The only edges between parts of one rank above 0: importing part, imported module."""
 LOG_READERS = {"trainer", "cli"}
 """Rooms return their numbers; only these hand them to log/."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from spear_kernels import join_metrics
+
+if TYPE_CHECKING:
+    from spear_fast.dist import Ranks
 
 UNITS = {
     "entropy": "entropy_nats",
@@ -29,6 +33,22 @@ UNITS = {
 def join(parts: Sequence[dict[str, torch.Tensor]], prefix: str) -> dict[str, torch.Tensor]:
     """Metrics of one loss group from those of its micro-batches, 0-d tensors named `prefix/what_unit`."""
     return {f"{prefix}/{UNITS.get(name, name)}": value for name, value in join_metrics(parts).items()}
+
+
+def gather(parts: list[dict[str, torch.Tensor]], ranks: Ranks | None) -> list[dict[str, torch.Tensor]]:
+    """Metrics of the micro-batches of all ranks, rank by rank, from those of this one; on the device of its own.
+
+    Waits for the device if there are other ranks.
+    """
+    if ranks is None or ranks.size == 1:
+        return parts
+    table = torch.stack([torch.stack(list(part.values())) for part in parts]).cpu() if parts else torch.empty(0)
+    names = list(parts[0]) if parts else []
+    return [
+        dict(zip(names, row.to(ranks.device).unbind(), strict=True))
+        for names, table in ranks.gather((names, table))
+        for row in table
+    ]
 
 
 def read(metrics: dict[str, torch.Tensor]) -> dict[str, float]:

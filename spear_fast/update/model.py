@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -16,21 +18,39 @@ from transformers.utils import logging as transformers_logging
 from spear_fast.errors import ConfigError
 from spear_fast.types import MicroBatch
 
-from .attention import AttentionPlan, packed_attention, plan_attention
+from .attention import AttentionPlan, packed_attention, plan_attention, select_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spear_fast.config.schema import ModelInit
+    from spear_fast.dist import Ranks
+
+    from .scoring import PlannedBatch
+
+T = TypeVar("T")
 
 ATTENTION = "spear_packed"
 """Name of the attention in transformers' registry: packed when a plan is passed, like "sdpa" otherwise."""
 
 
+class Root(nn.Module):
+    """What FSDP wraps around the whole model. Its forward does any work, between the hooks that gather weights."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], T]) -> T:
+        """Return `work()`; tensors that need a backward pass must be in plain tuples, lists and dicts of it."""
+        return work()
+
+
 class PackedModel:
     """A Hugging Face causal model seen as two parts: packed tokens -> hidden states, and the head as plain tensors.
 
-    The model keeps working as usual (`model(...)`, `generate`); only calls made through this class are packed.
+    The model keeps working as usual (`model(...)`, `generate`) until `sharding.shard` spreads it over ranks; from then
+    on whatever reads weights must happen inside `whole` or `run`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -46,18 +66,48 @@ class PackedModel:
             )
         # Dropout would make the trainer's log-probs differ from the sampler's.
         self.model = model.eval()
+        self.root = Root(self.model)
+        self.ranks: Ranks | None = None
+        """The ranks that the weights are spread over, None while they are whole."""
         self._decoder: nn.Module = decoder
         self._head: Any = head
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
+        """Where forward passes run."""
+        return self.model.device if self.ranks is None else self.ranks.device
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that share the work of a step."""
+        return 1 if self.ranks is None else self.ranks.size
 
     @property
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The LM head: weight [V, H], the embedding itself when tied, and bias [V] or None."""
+        """The LM head: weight [V, H], the embedding itself when tied, and bias [V] or None; whole inside `whole`."""
         return self._head.weight, getattr(self._head, "bias", None)
+
+    def whole(self, work: Callable[[], T]) -> T:
+        """Return `work()`, done while embedding, final norm and head are whole, in the type of the forward pass.
+
+        All ranks must call it, and call the model equally often in it: its blocks are gathered on the way.
+        """
+        result = self.root(work)
+        if not torch.is_grad_enabled():
+            # No backward pass will free them, and gathered weights would outlive the next change of the sharded ones.
+            for module in self.root.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return result
+
+    def run(self, planned: PlannedBatch, use: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], T]) -> T:
+        """Return `use(hidden, weight, bias)`: hidden states [N, H] that predict the action tokens, and the head."""
+
+        def work() -> T:
+            hidden = self.hidden_states(planned.batch, planned.plan)
+            return use(select_rows(hidden, planned.batch.predictors), *self.head)
+
+        return self.whole(work)
 
     def hidden_states(self, batch: MicroBatch, plan: AttentionPlan | None = None) -> torch.Tensor:
         """Final hidden states [T, H] of a packed micro-batch, without the head.
@@ -141,14 +191,14 @@ def probe_isolation(packed: PackedModel) -> None:
     Raises ConfigError naming what differs. Cheap (three forward passes of under 30 tokens); run it once at start.
     """
     generator = torch.Generator().manual_seed(0)
-    vocab_size = packed.head[0].shape[0]
+    vocab_size = packed.model.config.get_text_config().vocab_size
     # The second and the third sequence share a bucket, the first has its own.
     lengths = [11, 5, 4]
     first, second, third = (torch.randint(vocab_size, (n,), generator=generator).to(packed.device) for n in lengths)
     other = (first + 1) % vocab_size
-    before = _packed_logits(packed, [first, second, third])
-    after = _packed_logits(packed, [other, second, third])
-    alone = _plain_logits(packed, [first, second, third])
+    before = packed.whole(lambda: _packed_logits(packed, [first, second, third]))
+    after = packed.whole(lambda: _packed_logits(packed, [other, second, third]))
+    alone = packed.whole(lambda: _plain_logits(packed, [first, second, third]))
     name, rounding = type(packed.model).__name__, 1e-3 if before[0].dtype == torch.float32 else 0.1
     for index in (1, 2):
         if _relative_gap(after[index], before[index]) > 1e-3:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from spear_fast.schedules import linear_warmup, warmup_cosine
 
@@ -36,7 +37,10 @@ class OptimizerSettings:
 
 
 class Optimizer:
-    """AdamW over the parameters that want gradients. A step never taken leaves no trace in its state."""
+    """AdamW over the parameters that want gradients. A step never taken leaves no trace in its state.
+
+    Sharding replaces parameters, so make it after `sharding.shard`.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> None:
         self.settings = settings
@@ -46,7 +50,7 @@ class Optimizer:
         matrices = [parameter for parameter in self._parameters if parameter.ndim >= 2]
         vectors = [parameter for parameter in self._parameters if parameter.ndim < 2]
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW(
+        self.torch_optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, fused=True
         )
 
@@ -56,26 +60,30 @@ class Optimizer:
         return self.settings.learning_rate(self.num_steps)
 
     def clip_gradients(self) -> torch.Tensor:
-        """Scale gradients to a global norm of at most `grad_clip`; return the norm before that, 0-d, without a sync."""
-        return nn.utils.clip_grad_norm_(self._parameters, self.settings.grad_clip)
+        """Scale gradients to a global norm of at most `grad_clip`; return the norm before that, 0-d, without a sync.
+
+        Of sharded gradients it is the norm over all ranks.
+        """
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.settings.grad_clip)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def step(self) -> None:
         """Take one step with the gradients as they are, and drop them."""
-        for group in self._adamw.param_groups:
+        for group in self.torch_optimizer.param_groups:
             group["lr"] = self.lr
-        self._adamw.step()
+        self.torch_optimizer.step()
         self.num_steps += 1
         self.zero_grad()
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        self._adamw.zero_grad(set_to_none=True)
+        self.torch_optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and the count of steps: tensors, numbers, lists and dicts only."""
-        return {"adamw": self._adamw.state_dict(), "num_steps": self.num_steps}
+        return {"adamw": self.torch_optimizer.state_dict(), "num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of an optimizer over the same parameters."""
-        self._adamw.load_state_dict(state["adamw"])
+        self.torch_optimizer.load_state_dict(state["adamw"])
         self.num_steps = state["num_steps"]

@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from spear_fast.batching import collate, pack
+from spear_fast.batching import collate
+from spear_fast.batching.balance import distribute
 from spear_fast.types import MicroBatch, Row
 from spear_kernels import linear_logprob
 
-from .attention import AttentionPlan, plan_attention, select_rows
+from .attention import AttentionPlan, plan_attention
 
 if TYPE_CHECKING:
     from .model import PackedModel
+
+IDLE = Row(
+    uid=0,
+    group_id=0,
+    version=0,
+    tokens=np.zeros(2, dtype=np.int32),
+    action_mask=np.array([False, True]),
+    old_logp=np.zeros(2, dtype=np.float32),
+    advantages=np.zeros(2, dtype=np.float32),
+)
+"""A row for forward and backward passes that count for nothing: ranks gather weights together or not at all."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +36,25 @@ class PlannedBatch:
     """A micro-batch on the device with what the host knows about it."""
 
     index: list[int]
-    """Places of its rows in the list that was packed."""
+    """Places of its rows in the list that was packed; empty for one that only keeps step with other ranks."""
     batch: MicroBatch
     plan: AttentionPlan
 
+    def actions(self, name: str) -> torch.Tensor:
+        """A field [N] of the batch, without what an idle one holds."""
+        values = getattr(self.batch, name)
+        return values if self.index else values[:0]
 
-def plan_batches(rows: Sequence[Row], token_budget: int, device: torch.device | str) -> list[PlannedBatch]:
-    """Pack rows into micro-batches of at most `token_budget` tokens (a longer row sits alone)."""
+
+def plan_batches(rows: Sequence[Row], parts: Sequence[list[int]], device: torch.device | str) -> list[PlannedBatch]:
+    """Micro-batches of the rows with these places; without any, of a row that stands for none."""
     return [
-        PlannedBatch(index, collate(rows, index, device), plan_attention([rows[i].num_tokens for i in index], device))
-        for index in pack(rows, token_budget)
+        PlannedBatch(
+            index,
+            collate(rows, index, device) if index else collate([IDLE], [0], device),
+            plan_attention([rows[i].num_tokens for i in index] or [IDLE.num_tokens], device),
+        )
+        for index in parts
     ]
 
 
@@ -49,34 +70,50 @@ class Scorer:
     head_chunk_bytes: int | None = None
     """Memory for the logits that exist at once; None takes the operators' default."""
 
-    def action_hidden(self, planned: PlannedBatch) -> torch.Tensor:
-        """Hidden states [N, H] that predict the action tokens of a micro-batch."""
-        return select_rows(self.policy.hidden_states(planned.batch, planned.plan), planned.batch.predictors)
+    def share(self, rows: Sequence[Row]) -> list[list[list[int]]]:
+        """Micro-batches of each rank: [rank][micro-batch] -> places in `rows`, the same on all ranks."""
+        return distribute(rows, self.token_budget, self.policy.num_ranks, share_prompts=False)
+
+    def plan(self, rows: Sequence[Row], shares: list[list[list[int]]]) -> list[PlannedBatch]:
+        """This rank's micro-batches among `share(rows)`."""
+        rank = 0 if self.policy.ranks is None else self.policy.ranks.rank
+        return plan_batches(rows, shares[rank], self.policy.device)
 
     @torch.no_grad()
     def batch_logp(self, planned: PlannedBatch) -> torch.Tensor:
         """Log-probs [N] of the action tokens of one micro-batch, float32, nats, without gradients."""
-        weight, bias = self.policy.head
-        return linear_logprob(
-            self.action_hidden(planned),
-            weight,
-            planned.batch.targets,
-            self.temperature,
-            bias=bias,
-            chunk_bytes=self.head_chunk_bytes,
-        ).logp
+
+        def logp(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return linear_logprob(
+                hidden,
+                weight,
+                planned.batch.targets,
+                self.temperature,
+                bias=bias,
+                chunk_bytes=self.head_chunk_bytes,
+            ).logp
+
+        found = self.policy.run(planned, logp)
+        return found if planned.index else found[:0]
 
     def score(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """Log-probs of each row, float32 [L], nats at the sampling temperature; 0 outside action tokens."""
-        planned = plan_batches(rows, self.token_budget, self.policy.device)
-        if not planned:
+        """Log-probs of each row, float32 [L], nats at the sampling temperature; 0 outside action tokens.
+
+        All ranks call it with the same rows and get the same answer; each computes a share.
+        """
+        if not rows:
             return []
+        planned = self.plan(rows, self.share(rows))
         logp = torch.cat([self.batch_logp(part) for part in planned]).float().cpu().numpy()
-        order = [index for part in planned for index in part.index]
-        flat = np.zeros(sum(rows[index].num_tokens for index in order), dtype=np.float32)
-        flat[np.concatenate([rows[index].action_mask for index in order])] = logp
-        ends = np.cumsum([rows[index].num_tokens for index in order])
-        scored = dict(zip(order, np.split(flat, ends[:-1]), strict=True))
+        scored: dict[int, np.ndarray] = {}
+        first = 0
+        for index in (index for part in planned for index in part.index):
+            mask = rows[index].action_mask
+            scored[index] = np.zeros(len(mask), dtype=np.float32)
+            scored[index][mask] = logp[first : first + mask.sum()]
+            first += mask.sum()
+        for others in [] if self.policy.ranks is None else self.policy.ranks.gather(scored):
+            scored |= others
         return [scored[index] for index in range(len(rows))]
 
 

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from spear_fast.batching import Counts, count
-from spear_fast.types import MicroBatch, Row
+from spear_fast.types import Row
 from spear_kernels import PolicyLossConfig, covariance_metrics, covariance_select, linear_policy_loss
-from spear_kernels.results import LinearPolicyLossResult
 
 from .dump import dump_rows
-from .metrics import join, read
+from .metrics import gather, join, read
 from .optimizer import Optimizer, OptimizerSettings
-from .scoring import PlannedBatch, Scorer, plan_batches
+from .scoring import PlannedBatch, Scorer
+from .sharding import set_reduction
 
 if TYPE_CHECKING:
     from .model import PackedModel
@@ -43,8 +44,27 @@ class LossGroup:
     """First part of its metrics' names."""
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A loss group cut into micro-batches."""
+
+    group: LossGroup
+    shares: list[list[list[int]]]
+    """[rank][micro-batch] -> places in the group's rows."""
+    own: list[PlannedBatch]
+    """This rank's micro-batches; idle ones, with an empty `index`, keep step with the other ranks."""
+
+    @property
+    def indices(self) -> list[list[int]]:
+        """Rows of the micro-batches of all ranks, rank by rank, idle ones left out."""
+        return [index for share in self.shares for index in share if index]
+
+
 class Updater:
-    """Trains a policy: rows in, weights changed, metrics out. How rows are cut into micro-batches does not matter."""
+    """Trains a policy: rows in, weights changed, metrics out. How rows are cut into micro-batches does not matter.
+
+    Of a policy spread over ranks, all ranks make the same calls with the same rows, and get the same numbers.
+    """
 
     def __init__(
         self,
@@ -55,13 +75,16 @@ class Updater:
         temperature: float = 1.0,
         head_chunk_bytes: int | None = None,
         dump_folder: Path | None = None,
+        reduce_gradients: Literal["micro_batch", "step"] = "micro_batch",
     ) -> None:
         """`token_budget` packed tokens per micro-batch; `temperature` of sampling; rows of a skipped step are written
-        to `dump_folder`. The policy must already be on its device."""
+        to `dump_folder`; `reduce_gradients` over ranks after each micro-batch, or once, from whole ones that each rank
+        keeps. The policy must already be on its device, or sharded."""
         self.policy = policy
         self.optimizer = Optimizer(policy.model.parameters(), optimizer)
         self.scorer = Scorer(policy, token_budget, temperature, head_chunk_bytes)
         self.dump_folder = dump_folder
+        self.reduce_gradients = reduce_gradients
 
     def score(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Log-probs of each row under the current weights, float32 [L], nats; 0 outside action tokens."""
@@ -78,12 +101,15 @@ class Updater:
         if not groups:
             return {}
         self.optimizer.zero_grad()
-        metrics, trail = {}, []
-        for group in groups:
-            parts, covariance = self._backward(group, seed)
-            metrics |= join([part_metrics for _, part_metrics in parts], group.prefix)
-            metrics |= {f"{group.prefix}/{name}": value for name, value in covariance.items()}
-            trail += [([group.rows[i] for i in planned.index], found["loss"]) for planned, found in parts]
+        plans = [self._plan(group) for group in groups]
+        metrics, trail, left = {}, [], sum(len(plan.own) for plan in plans)
+        for plan in plans:
+            own, covariance = self._backward(plan, seed, left)
+            left -= len(plan.own)
+            prefix, parts = plan.group.prefix, gather(own, self.policy.ranks)
+            metrics |= join(parts, prefix) | {f"{prefix}/{name}": value for name, value in covariance.items()}
+            for index, part in zip(plan.indices, parts, strict=True):
+                trail.append(([plan.group.rows[i] for i in index], part["loss"]))
         metrics["update/grad_norm"] = self.optimizer.clip_gradients()
         values = {**read(metrics), "update/lr": self.optimizer.lr, "update/micro_batches": float(len(trail))}
         losses_finite = all(math.isfinite(values[f"{group.prefix}/loss"]) for group in groups)
@@ -95,62 +121,78 @@ class Updater:
             self.optimizer.step()
         return values | {"update/skipped_steps": float(skip)}
 
+    def _plan(self, group: LossGroup) -> _Plan:
+        shares = self.scorer.share(group.rows)
+        return _Plan(group, shares, self.scorer.plan(group.rows, shares))
+
     def _backward(
-        self, group: LossGroup, seed: int
-    ) -> tuple[list[tuple[PlannedBatch, dict[str, torch.Tensor]]], dict[str, torch.Tensor]]:
-        """Add the gradient; return the metrics of the micro-batches, and of the covariances if made over all."""
-        planned = plan_batches(group.rows, self.scorer.token_budget, self.policy.device)
-        counts = count(group.rows)
-        selections, covariance = self._select(group, planned, seed)
+        self, plan: _Plan, seed: int, left: int
+    ) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        """Add the gradient of this rank's micro-batches; `left` are those of the whole step that are still to come.
+
+        Returns the metrics of those with rows, and the covariances' if they were made over all.
+        """
+        group, counts = plan.group, count(plan.group.rows)
+        selections, covariance = self._select(plan, seed)
         results = []
-        for part, selected in zip(planned, selections, strict=True):
-            result = self._loss(part, group.cfg, counts, selected, seed)
-            (group.coef * result.loss).backward()
+        for done, (part, selected) in enumerate(zip(plan.own, selections, strict=True)):
+            set_reduction(self.policy, now=self.reduce_gradients == "micro_batch" or done + 1 == left)
+            if not part.index:
+                self.policy.run(part, _nothing).backward()
+                continue
+            loss, metrics = self._loss(part, group.cfg, counts, selected, seed)
+            (group.coef * loss).backward()
             # The rest of a result, log-probs and graph, would stay on the device until the step ends.
-            results.append((part, result.metrics))
+            results.append(metrics)
         return results, covariance
 
     def _loss(
         self, part: PlannedBatch, cfg: PolicyLossConfig, counts: Counts, selected: torch.Tensor | None, seed: int
-    ) -> LinearPolicyLossResult:
-        """The micro-batch's share of a loss with these denominators."""
-        weight, bias = self.policy.head
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The micro-batch's share of a loss with these denominators, and its metrics."""
         batch = part.batch
-        return linear_policy_loss(
-            self.scorer.action_hidden(part),
-            weight,
-            batch.targets,
-            batch.old_logp,
-            batch.advantages,
-            None,
-            cfg,
-            batch.seq_ids,
-            self.scorer.temperature,
-            seed,
-            bias=bias,
-            ref_logp=batch.ref_logp,
-            row_weight=batch.weight,
-            positions=batch.positions,
-            selected=selected,
-            num_tokens=counts.num_tokens,
-            num_seqs=counts.num_seqs,
-            chunk_bytes=self.scorer.head_chunk_bytes,
-        )
 
-    def _select(
-        self, group: LossGroup, planned: list[PlannedBatch], seed: int
-    ) -> tuple[Sequence[torch.Tensor | None], dict[str, torch.Tensor]]:
+        def loss(
+            hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            result = linear_policy_loss(
+                hidden,
+                weight,
+                batch.targets,
+                batch.old_logp,
+                batch.advantages,
+                None,
+                cfg,
+                batch.seq_ids,
+                self.scorer.temperature,
+                seed,
+                bias=bias,
+                ref_logp=batch.ref_logp,
+                row_weight=batch.weight,
+                positions=batch.positions,
+                selected=selected,
+                num_tokens=counts.num_tokens,
+                num_seqs=counts.num_seqs,
+                chunk_bytes=self.scorer.head_chunk_bytes,
+            )
+            return result.loss, result.metrics
+
+        return self.policy.run(part, loss)
+
+    def _select(self, plan: _Plan, seed: int) -> tuple[Sequence[torch.Tensor | None], dict[str, torch.Tensor]]:
         """The covariance choice of each micro-batch, made over the whole group; None where the loss makes its own.
 
         Costs one more forward pass over the group, so it is made only when there is a choice and several parts.
         """
-        if not group.cfg.uses_covariance or group.stats == "microbatch" or len(planned) == 1:
+        group, planned = plan.group, plan.own
+        if not group.cfg.uses_covariance or group.stats == "microbatch" or len(plan.indices) == 1:
             return [None] * len(planned), {}
         logp = torch.cat([self.scorer.batch_logp(part) for part in planned])
 
         def all_parts(name: str) -> torch.Tensor:
-            return torch.cat([getattr(part.batch, name) for part in planned])
+            return torch.cat([part.actions(name) for part in planned])
 
+        ranks = None if self.policy.ranks is None else dist.group.WORLD
         advantages = all_parts("advantages").to(logp.device, non_blocking=True)
         selected = covariance_select(
             logp,
@@ -161,20 +203,27 @@ class Updater:
             all_parts("seq_ids"),
             seed,
             positions=all_parts("positions"),
-            row_weight=torch.cat([_weight(part.batch) for part in planned]),
+            row_weight=torch.cat([_weight(part) for part in planned]),
+            group=ranks,
         )
-        parts = selected.split([len(part.batch.targets) for part in planned])
-        return parts, covariance_metrics(logp, advantages, None)
+        parts = selected.split([len(part.actions("targets")) for part in planned])
+        return parts, covariance_metrics(logp, advantages, None, group=ranks)
 
     def _dump(self, trail: list[tuple[list[Row], torch.Tensor]]) -> None:
-        """Write the rows whose loss was not finite; all of them if only the gradient was not."""
-        if self.dump_folder is None:
+        """Write the rows whose loss was not finite; all of them if only the gradient was not. One rank writes."""
+        if self.dump_folder is None or (self.policy.ranks is not None and not self.policy.ranks.is_main):
             return
         offending = [row for rows, loss in trail if not loss.isfinite() for row in rows]
         rows = offending or [row for rows, _ in trail for row in rows]
         dump_rows(rows, self.dump_folder / f"skipped_after_step_{self.optimizer.num_steps:06d}.npz")
 
 
-def _weight(batch: MicroBatch) -> torch.Tensor:
+def _nothing(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """0 with a gradient of 0 in every parameter, since ranks reduce the gradients of the same ones."""
+    touched = [hidden, weight[:1]] + ([] if bias is None else [bias[:1]])
+    return sum((tensor.float().sum() * 0 for tensor in touched), hidden.new_zeros((), dtype=torch.float32))
+
+
+def _weight(part: PlannedBatch) -> torch.Tensor:
     """Importance weights [N] of a micro-batch, 1 where its rows have none."""
-    return torch.ones_like(batch.old_logp) if batch.weight is None else batch.weight
+    return torch.ones_like(part.actions("old_logp")) if part.batch.weight is None else part.actions("weight")
