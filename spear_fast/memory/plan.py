@@ -54,7 +54,7 @@ class MemoryPlan:
     def as_rows(self) -> list[tuple[str, ...]]:
         """Table rows: a header, one row for each item with its GiB in the three phases, total, capacity, host."""
         names = list(dict.fromkeys(name for phase in PHASES for name in self.phases[phase]))
-        rows = [("GiB on one rank", *PHASES)]
+        rows: list[tuple[str, ...]] = [("GiB on one rank", *PHASES)]
         for name in names:
             values = [self.phases[phase].get(name, 0) for phase in PHASES]
             if any(values):
@@ -93,6 +93,7 @@ def plan_memory(
     _check_ranks(config, num_ranks)
     capacity = gpu_bytes if config.memory.gpu_gib is None else int(config.memory.gpu_gib * GIB)
     planner = _Planner(shape, config, num_ranks, capacity, on_cpu)
+    _check_cache(planner)
     plans = [planner.plan(mode) for mode in planner.modes]
     for least in (planner.comfortable_cache, planner.least_cache):
         for plan in plans:
@@ -106,6 +107,16 @@ def _check_ranks(config: RunConfig, num_ranks: int) -> None:
     replicate = config.parallel.replicate
     if num_ranks % replicate:
         raise ConfigError(f"parallel.replicate={replicate} does not divide {num_ranks} ranks; set it to a divisor")
+
+
+def _check_cache(planner: _Planner) -> None:
+    fixed, least = planner.engine.fixed_cache(), planner.least_cache
+    if fixed is not None and fixed < least:
+        raise ConfigError(
+            f"engine.kv_cache_mib={fixed >> 20} holds no trajectory of rollout.max_tokens="
+            f"{planner.config.rollout.max_tokens}, which needs {-(-least >> 20)} MiB; raise it, or set it to null and "
+            "let the memory plan size it"
+        )
 
 
 class _Planner:
@@ -203,12 +214,6 @@ def _refusal(plan: MemoryPlan, planner: _Planner, host_bytes: int | None) -> str
     worst = max(PHASES, key=plan.total)
     place = "this machine" if planner.on_cpu else "a GPU"
     mode = f"memory.mode={plan.mode}" + (" (the most frugal)" if planner.config.memory.mode == "auto" else "")
-    if plan.kv_cache_bytes < planner.least_cache:
-        return (
-            f"engine.kv_cache_mib={plan.kv_cache_bytes >> 20} holds no trajectory of rollout.max_tokens="
-            f"{planner.config.rollout.max_tokens}, which needs {-(-planner.least_cache >> 20)} MiB; raise it, or set "
-            "it to null and let the memory plan size it"
-        )
     if plan.fits and host_bytes is not None:
         return (
             f"{mode} parks {_gib(plan.host_bytes)} GiB of each rank in CPU memory, where {_gib(host_bytes)} GiB are "

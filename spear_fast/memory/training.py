@@ -103,7 +103,7 @@ class Training:
             blocks = self.shape.num_layers * self.itemsize * tokens * width + self._block_activations()
         else:
             blocks = self.shape.num_layers * self._block_activations()
-        return blocks + tokens * (self._norm_bytes(width) + self.itemsize * width)
+        return blocks + tokens * self._norm_bytes(width)
 
     def _block_activations(self) -> int:
         return self.config.update.token_budget * self.block_bytes_per_token()
@@ -115,7 +115,8 @@ class Training:
         norms (2 or 4): 4 H (its input in float32) + e H (normalised) + e H (scaled: the input of the next matrix);
         attention: e (3 A + 2 K) for queries, keys, values, output and the output in packed order, 4 for the sum of
         each head's exponentials; norms of queries and keys: (4 + e) (A + K); feed-forward: 4 e I (gate, its SiLU, up,
-        product). Liger's norms keep 2 e H, its SwiGLU 3 e I. Nothing grows with the square of a sequence.
+        product). Liger's norms keep 2 e H, its SwiGLU 3 e I. Nothing grows with the square of a sequence; without
+        flash-attn, sequences of uneven length add at most a quarter to queries, keys, values and output.
         """
         shape, e = self.shape, self.itemsize
         queries, keys = shape.query_width, shape.kv_width
