@@ -10,12 +10,13 @@ from pydantic import ValidationError
 
 from spear_fast.errors import ConfigError
 
+from .files import read_settings
 from .merge import merge
 from .overrides import parse_overrides
 from .presets import PRESETS
 from .problems import describe_problems
 from .schema import RunConfig
-from .yaml_text import dump, parse
+from .yaml_text import dump
 
 
 def load_config(
@@ -23,15 +24,15 @@ def load_config(
 ) -> RunConfig:
     """Return the checked configuration of a run.
 
-    Later sources win: schema defaults, the preset named by `algo.preset`, `base` (nested settings), the YAML file,
-    `overrides` (`key=value`, values in YAML). The preset is the one left after all sources are merged, so
-    `algo.preset=grpo` replaces the file's, while the file's explicit `algo` keys stay in force. `path` None means no
-    file.
+    Later sources win: schema defaults, the preset named by `algo.preset`, `base` (nested settings), the YAML file (on
+    top of the files its key `base` names), `overrides` (`key=value`, values in YAML). The preset is the one left after
+    all sources are merged, so `algo.preset=grpo` replaces the file's, while the file's explicit `algo` keys stay in
+    force. `path` None means no file.
 
     Raises ConfigError if the file cannot be read, or listing every unknown key (with the nearest valid one), wrong
     type and failed check.
     """
-    settings = merge(base or {}, _read_file(Path(path)) if path is not None else {})
+    settings = merge(base or {}, read_settings(Path(path)) if path is not None else {})
     settings = _with_preset(merge(settings, parse_overrides(overrides)))
     try:
         return RunConfig.model_validate(settings)
@@ -49,25 +50,6 @@ def dump_config(config: RunConfig) -> str:
     `algo.preset` of a dumped file changes the name only.
     """
     return dump(config.model_dump())
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(f"configuration file {path} does not exist; check the path") from error
-    except IsADirectoryError as error:
-        raise ConfigError(f"{path} is a folder; name the YAML file in it") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {path} cannot be read: {error}") from error
-    settings = parse(text, str(path))
-    if settings is None:
-        raise ConfigError(f"configuration file {path} is empty; it needs at least name, steps and task.name")
-    if not isinstance(settings, dict):
-        raise ConfigError(
-            f"configuration file {path} holds a {type(settings).__name__}; it must hold `key: value` lines"
-        )
-    return settings
 
 
 def _with_preset(settings: dict[str, Any]) -> dict[str, Any]:
