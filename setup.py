@@ -20,6 +20,7 @@ EXTRAS = {
     "vllm": ["vllm>=0.24"],
     "flash": ["flash-attn"],
     "liger": ["liger-kernel"],
+    "gpu": ["nvidia-ml-py"],
     "dev": ["pytest", "pytest-cov", "hypothesis", "ruff", "pyright", "pre-commit", "build"],
 }
 
@@ -33,7 +34,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["spear_fast*"]) + find_packages("kernels"),
     package_dir={"spear_kernels": "kernels/spear_kernels"},
-    package_data={"spear_fast": ["py.typed"], "spear_kernels": ["py.typed"]},
+    package_data={"spear_fast": ["py.typed", "memory/*.json"], "spear_kernels": ["py.typed"]},
     install_requires=["torch>=2.10", "numpy>=1.26", "pyyaml>=6", "pydantic>=2.7", "rich>=13"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["spear-fast = spear_fast.cli:main"]},
