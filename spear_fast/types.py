@@ -7,6 +7,7 @@ prompt, `P` prompts, `V` vocabulary, `H` hidden width. Log-probabilities are nat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -153,17 +154,56 @@ class Row:
         return int(self.action_mask.sum())
 
 
+@dataclass(frozen=True)
+class Segments:
+    """The pieces of a pack, in order: whole sequences, prompts that several share, and what follows those in each.
+
+    Example: a prompt of 3 tokens and two rests: length [3, 2, 4], prefix [-1, 0, 0], start [0, 3, 5], before [0, 3, 3].
+    """
+
+    length: np.ndarray  # int64 [S], tokens
+    prefix: np.ndarray  # int64 [S], segment whose tokens come before those of this one, or -1; it has none itself
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], prefix: Sequence[int] | None = None) -> Segments:
+        """Segments of these lengths, each at least 1; without `prefix`, whole sequences."""
+        none = np.full(len(lengths), -1, dtype=np.int64)
+        return cls(np.asarray(lengths, dtype=np.int64), none if prefix is None else np.asarray(prefix, dtype=np.int64))
+
+    @property
+    def start(self) -> np.ndarray:
+        """Place of the first token of each, int64 [S]."""
+        return np.cumsum(self.length) - self.length
+
+    @property
+    def before(self) -> np.ndarray:
+        """Tokens of the segment before each, int64 [S]."""
+        return np.where(self.prefix < 0, 0, self.length[self.prefix])
+
+    @property
+    def shared(self) -> bool:
+        """Whether any has another before it."""
+        return bool((self.prefix >= 0).any())
+
+
 @dataclass
 class MicroBatch:
     """Packed sequences for one forward pass, and the action tokens the loss reads from it.
 
-    Sequence s occupies input_ids[cu_seqlens[s]:cu_seqlens[s + 1]]. The hidden state at `predictors[n]` predicts
-    `targets[n]`, so row n of every [N] tensor belongs to one action token.
+    The hidden state at `predictors[n]` predicts `targets[n]`, so row n of every [N] tensor belongs to one action token;
+    these come sequence by sequence, in the order of `row_index`.
+
+    Example: rows P Q a b, P Q c (prompt P Q), packed whole and with the prompt shared:
+        input_ids      P Q a b P Q c        P Q a b c
+        position_ids   0 1 2 3 0 1 2        0 1 2 3 2
+        segments       4 3                  2 2 1, the first before the others
+        predictors     1 2 5                1 2 1       (of a, b, c)
+        repeats        ()                   row 1 at places 0 and 2
     """
 
     input_ids: torch.Tensor  # int64 [T]
-    position_ids: torch.Tensor  # int64 [T], restarts at 0 in each sequence
-    cu_seqlens: torch.Tensor  # int32 [R + 1]
+    position_ids: torch.Tensor  # int64 [T], place in the sequence
+    segments: Segments
     predictors: torch.Tensor  # int64 [N], index into T
     targets: torch.Tensor  # int64 [N]
     old_logp: torch.Tensor  # float32 [N]
@@ -173,3 +213,6 @@ class MicroBatch:
     row_index: torch.Tensor  # int64 [R], place of each sequence in the list that was packed
     ref_logp: torch.Tensor | None = None  # float32 [N]
     weight: torch.Tensor | None = None  # float32 [N]
+    versions: torch.Tensor | None = None  # int64 [N], oldest policy version that sampled in the token's sequence
+    repeats: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    """Rows of [T] that `predictors` holds several times; see `batching.repeats`."""

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from ..types import MicroBatch, Row
+from .layout import lay_out
+from .repeats import find_repeats
 
 
 def pack(rows: Sequence[Row], token_budget: int) -> list[list[int]]:
@@ -34,34 +36,40 @@ def pack(rows: Sequence[Row], token_budget: int) -> list[list[int]]:
     return [sorted(batch) for batch in batches]
 
 
-def collate(rows: Sequence[Row], index: Sequence[int], device: torch.device | str) -> MicroBatch:
+def collate(
+    rows: Sequence[Row], index: Sequence[int], device: torch.device | str, *, share_prompts: bool = False
+) -> MicroBatch:
     """Return the micro-batch of `rows[i] for i in index` on `device`; `row_index` holds `index`.
 
-    Types and shapes are those of `MicroBatch`. `ref_logp` is set if the rows have it, `weight` if any row has one
-    (the others count as 1). Raises ValueError for an empty index, for a row whose token 0 is an action token (nothing
-    predicts it), and for rows of which only some have `ref_logp`.
+    Types and shapes are those of `MicroBatch`. With `share_prompts`, rows with equal tokens before their first action
+    token have these tokens in common: [prompt][rest of one row][rest of the next]... `ref_logp` is set if the rows
+    have it, `weight` if any row has one (the others count as 1). Raises ValueError for an empty index, for a row whose
+    token 0 is an action token (nothing predicts it), and for rows of which only some have `ref_logp`.
     """
     chosen = [rows[i] for i in index]
     if not chosen:
         raise ValueError("index is empty; a micro-batch needs at least one row")
+    _check_first_tokens(chosen)
+    ref_logps = _ref_logps(chosen)
     lengths = np.array([row.num_tokens for row in chosen], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     mask = np.concatenate([row.action_mask for row in chosen])
-    _check_first_tokens(chosen)
-    ref_logps = _ref_logps(chosen)
     actions = np.flatnonzero(mask)
     row_of_action = np.repeat(np.arange(len(chosen)), lengths)[actions]
     actions_before = np.concatenate([[0], np.cumsum(mask)])[starts[row_of_action]]
     tokens = np.concatenate([row.tokens for row in chosen])
+    layout = lay_out(chosen, share_prompts=share_prompts)
+    predictors = layout.place[actions - 1]
+    position = np.arange(len(tokens)) - np.repeat(starts[:-1], lengths)
 
     def action_values(arrays: list[np.ndarray], place: torch.device | str = device) -> torch.Tensor:
         return _tensor(np.concatenate(arrays)[actions], np.float32, place)
 
     return MicroBatch(
-        input_ids=_tensor(tokens, np.int64, device),
-        position_ids=_tensor(np.arange(len(tokens)) - np.repeat(starts[:-1], lengths), np.int64, device),
-        cu_seqlens=_tensor(starts, np.int32, device),
-        predictors=_tensor(actions - 1, np.int64, device),
+        input_ids=_tensor(tokens[layout.token], np.int64, device),
+        position_ids=_tensor(position[layout.token], np.int64, device),
+        segments=layout.segments,
+        predictors=_tensor(predictors, np.int64, device),
         targets=_tensor(tokens[actions], np.int64, device),
         old_logp=action_values([row.old_logp for row in chosen]),
         advantages=action_values([row.advantages for row in chosen], "cpu"),
@@ -70,6 +78,8 @@ def collate(rows: Sequence[Row], index: Sequence[int], device: torch.device | st
         row_index=_tensor(np.asarray(index), np.int64, device),
         ref_logp=action_values(ref_logps) if ref_logps else None,
         weight=action_values(_weights(chosen)) if any(row.weight is not None for row in chosen) else None,
+        versions=_tensor(np.array([row.version for row in chosen])[row_of_action], np.int64, device),
+        repeats=find_repeats(predictors, device) if layout.segments.shared else (),
     )
 
 

@@ -16,9 +16,9 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging as transformers_logging
 
 from spear_fast.errors import ConfigError
-from spear_fast.types import MicroBatch
+from spear_fast.types import MicroBatch, Segments
 
-from .attention import AttentionPlan, packed_attention, plan_attention, select_rows
+from .attention import AttentionPlan, Backend, packed_attention, plan_attention, select_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +69,8 @@ class PackedModel:
         self.root = Root(self.model)
         self.ranks: Ranks | None = None
         """The ranks that the weights are spread over, None while they are whole."""
+        self.attention: Backend = "sdpa"
+        """What computes packed attention, as `choose_attention` returns it; change it before any plan is made."""
         self._decoder: nn.Module = decoder
         self._head: Any = head
 
@@ -105,17 +107,17 @@ class PackedModel:
 
         def work() -> T:
             hidden = self.hidden_states(planned.batch, planned.plan)
-            return use(select_rows(hidden, planned.batch.predictors), *self.head)
+            return use(select_rows(hidden, planned.batch.predictors, planned.batch.repeats), *self.head)
 
         return self.whole(work)
 
     def hidden_states(self, batch: MicroBatch, plan: AttentionPlan | None = None) -> torch.Tensor:
         """Final hidden states [T, H] of a packed micro-batch, without the head.
 
-        `plan` comes from `plan_attention`; None derives it from `batch.cu_seqlens`, which waits for the device.
+        `plan` comes from `plan_attention`; None makes it.
         """
         if plan is None:
-            plan = plan_attention(batch.cu_seqlens.diff().tolist(), batch.input_ids.device)
+            plan = plan_attention(batch.segments, batch.input_ids.device, self.attention)
         output = self._decoder(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -188,7 +190,8 @@ def silence_progress_bars() -> None:
 def probe_isolation(packed: PackedModel) -> None:
     """Check on a few random tokens that packing changes nothing: no leak between sequences, same logits as unpacked.
 
-    Raises ConfigError naming what differs. Cheap (three forward passes of under 30 tokens); run it once at start.
+    Sequences that share a prompt are tried too. Raises ConfigError naming what differs. Cheap (a few forward passes of
+    under 30 tokens); run it once at start.
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = packed.model.config.get_text_config().vocab_size
@@ -198,7 +201,9 @@ def probe_isolation(packed: PackedModel) -> None:
     other = (first + 1) % vocab_size
     before = packed.whole(lambda: _packed_logits(packed, [first, second, third]))
     after = packed.whole(lambda: _packed_logits(packed, [other, second, third]))
-    alone = packed.whole(lambda: _plain_logits(packed, [first, second, third]))
+    behind_first = [torch.cat([first, second]), torch.cat([first, third])]
+    before += packed.whole(lambda: _packed_logits(packed, behind_first, prompt=len(first)))
+    alone = packed.whole(lambda: _plain_logits(packed, [first, second, third, *behind_first]))
     name, rounding = type(packed.model).__name__, 1e-3 if before[0].dtype == torch.float32 else 0.1
     for index in (1, 2):
         if _relative_gap(after[index], before[index]) > 1e-3:
@@ -214,21 +219,24 @@ def probe_isolation(packed: PackedModel) -> None:
             )
 
 
-def _packed_logits(packed: PackedModel, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Logits [L, V] of each sequence, from one packed pass."""
-    lengths = [len(ids) for ids in sequences]
+def _packed_logits(packed: PackedModel, sequences: Sequence[torch.Tensor], prompt: int = 0) -> list[torch.Tensor]:
+    """Logits [L, V] of each sequence, from one packed pass; all begin with the same `prompt` tokens, computed once."""
     device = packed.device
-    nothing = torch.zeros(0, device=device)
-    plan = plan_attention(lengths, device)
+    heads = [sequences[0][:prompt]] if prompt else []
+    pieces = [*heads, *(ids[prompt:] for ids in sequences)]
+    lengths = [len(ids) for ids in pieces]
+    places = [torch.arange(n, device=device) + (0 if k < len(heads) else prompt) for k, n in enumerate(lengths)]
     batch = MicroBatch(
-        input_ids=torch.cat(list(sequences)),
-        position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]),
-        cu_seqlens=plan.cu_seqlens,
-        **dict.fromkeys(("predictors", "targets", "old_logp", "advantages", "seq_ids", "positions"), nothing),
-        row_index=torch.arange(len(lengths), device=device),
+        input_ids=torch.cat(pieces),
+        position_ids=torch.cat(places),
+        segments=Segments.of(lengths, [-1] * len(heads) + [len(heads) - 1] * len(sequences)),
+        **dict.fromkeys(
+            ("predictors", "targets", "old_logp", "advantages", "seq_ids", "positions", "row_index"),
+            torch.zeros(0, device=device),
+        ),
     )
-    logits = nn.functional.linear(packed.hidden_states(batch, plan), *packed.head)
-    return list(logits.split(lengths))
+    logits = nn.functional.linear(packed.hidden_states(batch), *packed.head).split(lengths)
+    return [torch.cat([*logits[: len(heads)], rest]) for rest in logits[len(heads) :]]
 
 
 def _plain_logits(packed: PackedModel, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:

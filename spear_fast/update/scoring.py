@@ -14,7 +14,7 @@ from spear_fast.batching.balance import distribute
 from spear_fast.types import MicroBatch, Row
 from spear_kernels import linear_logprob
 
-from .attention import AttentionPlan, plan_attention
+from .attention_plan import AttentionPlan, Backend, plan_attention
 
 if TYPE_CHECKING:
     from .model import PackedModel
@@ -46,16 +46,23 @@ class PlannedBatch:
         return values if self.index else values[:0]
 
 
-def plan_batches(rows: Sequence[Row], parts: Sequence[list[int]], device: torch.device | str) -> list[PlannedBatch]:
-    """Micro-batches of the rows with these places; without any, of a row that stands for none."""
-    return [
-        PlannedBatch(
-            index,
-            collate(rows, index, device) if index else collate([IDLE], [0], device),
-            plan_attention([rows[i].num_tokens for i in index] or [IDLE.num_tokens], device),
-        )
-        for index in parts
-    ]
+def plan_batches(
+    rows: Sequence[Row],
+    parts: Sequence[list[int]],
+    device: torch.device | str,
+    *,
+    share_prompts: bool = False,
+    backend: Backend = "sdpa",
+) -> list[PlannedBatch]:
+    """Micro-batches of the rows with these places; without any, of a row that stands for none.
+
+    With `share_prompts` each computes a prompt once for all its rows that begin with it.
+    """
+    planned = []
+    for index in parts:
+        batch = collate(rows, index, device, share_prompts=share_prompts) if index else collate([IDLE], [0], device)
+        planned.append(PlannedBatch(index, batch, plan_attention(batch.segments, device, backend)))
+    return planned
 
 
 @dataclass(frozen=True)
@@ -69,15 +76,20 @@ class Scorer:
     """The sampling temperature."""
     head_chunk_bytes: int | None = None
     """Memory for the logits that exist at once; None takes the operators' default."""
+    share_prompts: bool = False
+    """Compute a prompt once per micro-batch for all rows that begin with it."""
 
     def share(self, rows: Sequence[Row]) -> list[list[list[int]]]:
         """Micro-batches of each rank: [rank][micro-batch] -> places in `rows`, the same on all ranks."""
-        return distribute(rows, self.token_budget, self.policy.num_ranks, share_prompts=False)
+        width = self.policy.model.config.get_text_config().hidden_size
+        return distribute(rows, self.token_budget, self.policy.num_ranks, share_prompts=self.share_prompts, width=width)
 
     def plan(self, rows: Sequence[Row], shares: list[list[list[int]]]) -> list[PlannedBatch]:
         """This rank's micro-batches among `share(rows)`."""
         rank = 0 if self.policy.ranks is None else self.policy.ranks.rank
-        return plan_batches(rows, shares[rank], self.policy.device)
+        return plan_batches(
+            rows, shares[rank], self.policy.device, share_prompts=self.share_prompts, backend=self.policy.attention
+        )
 
     @torch.no_grad()
     def batch_logp(self, planned: PlannedBatch) -> torch.Tensor:

@@ -76,11 +76,13 @@ def test_collate_matches_token_by_token(masks: list[list[bool]], data: st.DataOb
         bounds.append(len(inputs))
     assert batch.input_ids.tolist() == inputs
     assert batch.position_ids.tolist() == positions
-    assert batch.cu_seqlens.tolist() == bounds
+    assert batch.segments.start.tolist() == bounds[:-1]
+    assert batch.segments.length.tolist() == [len(masks[i]) for i in index] and not batch.segments.shared
     assert batch.row_index.tolist() == list(index)
     columns = (batch.predictors, batch.targets, batch.old_logp, batch.advantages, batch.seq_ids, batch.positions)
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == actions
-    assert batch.ref_logp is None and batch.weight is None
+    assert batch.ref_logp is None and batch.weight is None and batch.repeats == ()
+    assert batch.versions.tolist() == [3] * len(actions)
 
 
 @given(st.lists(MASKS, min_size=1, max_size=4))
@@ -94,8 +96,8 @@ def test_collate_types() -> None:
     batch = collate([make_row(0, [False, True])], [0], torch.device("cpu"))
     long = ("input_ids", "position_ids", "predictors", "targets", "seq_ids", "positions", "row_index")
     assert {getattr(batch, name).dtype for name in long} == {torch.int64}
-    assert (batch.cu_seqlens.dtype, batch.old_logp.dtype, batch.advantages.dtype) == (
-        torch.int32,
+    assert (batch.versions.dtype, batch.old_logp.dtype, batch.advantages.dtype) == (
+        torch.int64,
         torch.float32,
         torch.float32,
     )

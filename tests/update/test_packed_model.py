@@ -11,6 +11,7 @@ import transformers
 from spear_fast.batching import collate
 from spear_fast.config.schema import ModelInit
 from spear_fast.errors import ConfigError
+from spear_fast.types import Segments
 from spear_fast.update import model as model_module
 from spear_fast.update.model import ATTENTION, PackedModel, build_model, load_model, probe_isolation
 
@@ -55,7 +56,8 @@ def test_no_sequence_sees_another(policy, new_rows):
     batch = collate(rows, range(len(rows)), "cpu")
     before = policy.hidden_states(batch)
     for changed in range(len(rows)):
-        start, end = batch.cu_seqlens[changed : changed + 2].tolist()
+        start = batch.segments.start[changed]
+        end = start + rows[changed].num_tokens
         other = batch.input_ids.clone()
         other[start:end] = (other[start:end] + 1) % 64
         after = policy.hidden_states(dataclasses.replace(batch, input_ids=other))
@@ -106,7 +108,7 @@ def test_positions_restart_in_each_sequence():
 
 
 def test_probe_refuses_a_leak(policy, monkeypatch):
-    whole = lambda lengths, device: plan([sum(lengths)], device)  # noqa: E731
+    whole = lambda segments, *rest: plan(Segments.of([segments.length.sum()]), *rest)  # noqa: E731
     plan = model_module.plan_attention
     monkeypatch.setattr(model_module, "plan_attention", whole)
     with pytest.raises(ConfigError, match="Qwen2ForCausalLM leaks: changing one packed sequence"):
