@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +19,7 @@ from spear_fast.errors import ConfigError
 from spear_fast.types import MicroBatch, Segments
 
 from .attention import AttentionPlan, Backend, packed_attention, plan_attention, select_rows
+from .export import export_parameters, save_full
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +70,8 @@ class PackedModel:
         self.root = Root(self.model)
         self.ranks: Ranks | None = None
         """The ranks that the weights are spread over, None while they are whole."""
+        self.rests_on_cpu = False
+        """Whether master weights and optimizer live on the CPU and come to the device for each pass."""
         self.attention: Backend = "sdpa"
         """What computes packed attention, as `choose_attention` returns it; change it before any plan is made."""
         self._decoder: nn.Module = decoder
@@ -101,6 +104,20 @@ class PackedModel:
                 if isinstance(module, FSDPModule):
                     module.reshard()
         return result
+
+    def export_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every parameter under its Hugging Face name: adapters merged, a tied head left out, shards as DTensor.
+
+        All ranks must go through all of them. The weights stay as they are.
+        """
+        return export_parameters(self.model)
+
+    def save_full(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write a Hugging Face folder of the exported parameters, in `dtype` (None: that of the master weights).
+
+        All ranks must call it; the main one keeps the whole model on its CPU, and writes.
+        """
+        save_full(self.model, folder, main=self.ranks is None or self.ranks.is_main, dtype=dtype)
 
     def run(self, planned: PlannedBatch, use: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], T]) -> T:
         """Return `use(hidden, weight, bias)`: hidden states [N, H] that predict the action tokens, and the head."""

@@ -62,7 +62,7 @@ def shard(
         # Losses are divided by the counts of all ranks already, so gradients are summed and not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    policy.ranks = ranks
+    policy.ranks, policy.rests_on_cpu = ranks, parallel.cpu_offload
 
 
 def set_reduction(policy: PackedModel, *, now: bool) -> None:
