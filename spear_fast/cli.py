@@ -1,4 +1,4 @@
-"""The command line: train, eval, plot. Every option of a run is a key of the configuration."""
+"""The command line: train, plan, eval, plot. Every option of a run is a key of the configuration."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from spear_fast.errors import ConfigError, MissingDependencyError, SpearError
 
 if TYPE_CHECKING:
     from spear_fast.config.schema import RunConfig
+    from spear_fast.planning import Section
     from spear_fast.trainer import Trainer
 
 EXIT_BAD_INPUT = 2
@@ -65,6 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     train.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
     train.set_defaults(run=_train)
+    plan = commands.add_parser("plan", help="predict memory and step time on GPUs that need not be here")
+    plan.add_argument("config", type=Path, help="YAML file, e.g. configs/paper/math-qwen2.5-32b-drbot-spear.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. update.token_budget=32768")
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs, one rank each")
+    plan.add_argument("--gpu", required=True, metavar="NAME", help="e.g. h200-141g")
+    plan.add_argument("--nodes", type=int, metavar="N", help="machines they are in; default: as full as is usual")
+    plan.add_argument("--shape", type=Path, metavar="FILE", help="config.json of the model, if model.path is not here")
+    plan.add_argument("--coefficients", type=Path, metavar="FILE", help="rates measured by bench/calibrate.py")
+    plan.add_argument("--tokens", type=float, metavar="N", help="mean tokens of a trajectory")
+    plan.add_argument("--sampled", type=float, metavar="N", help="mean tokens of it that the policy samples")
+    plan.set_defaults(run=_plan)
     evaluate = commands.add_parser("eval", help="success on held-out tasks, with a confidence interval")
     evaluate.add_argument("source", type=Path, metavar="RUN_OR_MODEL", help="a run's folder or a Hugging Face folder")
     evaluate.add_argument("task", metavar="TASK", help="a task set, e.g. calculator")
@@ -82,7 +94,7 @@ def _train(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        _print_plan(config)
+        _dry_run(config, args.config)
         print(dump_config(config), end="")
         return 0
     from spear_fast.log.progress import make_progress
@@ -165,16 +177,50 @@ def _plot(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(config: RunConfig) -> None:
+def _plan(args: argparse.Namespace) -> int:
+    from spear_fast.config.load import load_config
+    from spear_fast.planning import elsewhere, shape_of_run
+
+    if args.gpus < 1 or (args.nodes or 1) < 1:
+        raise ConfigError(f"--gpus {args.gpus} --nodes {args.nodes}: there must be at least one of each")
+    config = load_config(args.config, args.overrides)
+    sections = elsewhere(
+        config,
+        shape_of_run(config, args.config, args.shape),
+        num_gpus=args.gpus,
+        gpu_name=args.gpu,
+        num_nodes=args.nodes,
+        coefficients=args.coefficients,
+        tokens=args.tokens,
+        sampled=args.sampled,
+    )
+    _print_sections(sections)
+    return 0
+
+
+def _dry_run(config: RunConfig, file: Path) -> None:
+    from spear_fast.config.describe import describe
+    from spear_fast.planning import Section, here
+
+    _print_sections([Section(f"Plan of run {config.name}", [("", ""), *describe(config)]), *here(config, file)])
+
+
+def _print_sections(sections: Sequence[Section]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from spear_fast.config.describe import describe
-
-    table = Table(title=f"Plan of run {config.name}", show_header=False, title_justify="left")
-    for label, value in describe(config):
-        table.add_row(label, value)
-    Console().print(table)
+    console = Console()
+    for section in sections:
+        if section.rows:
+            header, *rows = section.rows
+            table = Table(*header, title=section.title, show_header=any(header), title_justify="left")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+        for index, note in enumerate(section.notes):
+            prefix = f"{section.title}: " if not section.rows and index == 0 else ""
+            # Not rich's own printing, which would break lines at the terminal's width and read brackets as markup.
+            print(prefix + note)
 
 
 def _stop_on_sigterm(trainer: Trainer) -> None:

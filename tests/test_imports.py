@@ -23,7 +23,7 @@ RANKS = {
     "dist": 1,
     **dict.fromkeys(("advantages", "batching", "losses", "replay", "rewards"), 2),
     **dict.fromkeys(("checkpoint", "data", "envs", "log", "memory", "rollout", "sync", "update"), 3),
-    **dict.fromkeys(("assemble", "run_folder"), 4),
+    **dict.fromkeys(("assemble", "planning", "run_folder"), 4),
     **dict.fromkeys(("cold_start", "evaluate"), 5),
     "trainer": 6,
     "cli": 7,

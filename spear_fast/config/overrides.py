@@ -42,6 +42,7 @@ def _nested(argument: str) -> dict[str, Any]:
     value = parse(text, f"override {argument!r}")
     if key.strip() in SHORT_FOR and isinstance(value, str):
         parts = SHORT_FOR[key.strip()].split(".")
-    for part in reversed(parts):
-        value = {part: value}
-    return value
+    nested: dict[str, Any] = {parts[-1]: value}
+    for part in reversed(parts[:-1]):
+        nested = {part: nested}
+    return nested

@@ -232,7 +232,8 @@ def _refusal(plan: MemoryPlan, planner: _Planner, host_bytes: int | None) -> str
         changed = _Planner(planner.shape, config, num_ranks, plan.capacity_bytes, planner.on_cpu)
         return any(changed.plan(mode).fits for mode in changed.modes)
 
-    return "\n".join([*lines, *(f"  - {text}" for text in remedies(planner.config, planner.num_ranks, worst, fits))])
+    found = remedies(planner.config, planner.num_ranks, worst, fits, on_cpu=planner.on_cpu)
+    return "\n".join([*lines, *(f"  - {text}" for text in found)])
 
 
 def _gib(size: int) -> str:

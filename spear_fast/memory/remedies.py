@@ -13,18 +13,21 @@ MOST_RANKS = 1024
 Fits = Callable[[RunConfig, int], bool]
 
 
-def remedies(config: RunConfig, num_ranks: int, phase: str, fits: Fits) -> list[str]:
+def remedies(config: RunConfig, num_ranks: int, phase: str, fits: Fits, *, on_cpu: bool = False) -> list[str]:
     """Return one line for each setting that lowers the need of a phase, the cheapest first.
 
-    `fits(config, num_ranks)` tells whether a plan fits; a line says whether its change is enough alone.
+    `fits(config, num_ranks)` tells whether a plan fits; a line says whether its change is enough alone. On the CPU
+    there is no other memory to move to.
     """
     lines = []
-    for text, changed, ranks in _changes(config, num_ranks, phase, fits):
+    for text, changed, ranks in _changes(config, num_ranks, phase, fits, on_cpu):
         lines.append(f"{text} ({'enough alone' if fits(changed, ranks) else 'not enough alone'})")
     return lines
 
 
-def _changes(config: RunConfig, num_ranks: int, phase: str, fits: Fits) -> Iterator[tuple[str, RunConfig, int]]:
+def _changes(
+    config: RunConfig, num_ranks: int, phase: str, fits: Fits, on_cpu: bool
+) -> Iterator[tuple[str, RunConfig, int]]:
     """(what to set, the changed configuration, ranks)."""
     parallel, rollout = config.parallel, config.rollout
     if config.memory.mode not in ("auto", "offload"):
@@ -47,9 +50,10 @@ def _changes(config: RunConfig, num_ranks: int, phase: str, fits: Fits) -> Itera
             yield "parallel.reshard_after_forward=true", changed, num_ranks
     if parallel.replicate > 1:
         yield "parallel.replicate=1", _with(config, "parallel", replicate=1), num_ranks
-    ranks = next((n for n in _doubled(num_ranks) if fits(config, n)), num_ranks * 2)
-    yield f"more GPUs: {ranks} ranks", config, ranks
-    if not parallel.cpu_offload:
+    if not on_cpu:
+        ranks = next((n for n in _doubled(num_ranks) if fits(config, n)), num_ranks * 2)
+        yield f"more GPUs: {ranks} ranks", config, ranks
+    if not on_cpu and not parallel.cpu_offload:
         yield "parallel.cpu_offload=true", _with(config, "parallel", cpu_offload=True), num_ranks
     if not config.model.lora.rank:
         lora = config.model.lora.model_copy(update={"rank": 32})
