@@ -93,7 +93,7 @@ class Trainer:
             The last evaluation.
         """
         evaluation: dict[str, float] = {}
-        push_weights(self.policy.model.model, self.engine, self.finished_steps)
+        self._push()
         if not self._resumed:
             evaluation = self.evaluate()
             self.save()
@@ -119,7 +119,7 @@ class Trainer:
         all_taken = self._update(rows, replay, gamma * config.algo.replay.coef, step, metrics)
         self._offer(groups, rows if all_taken else [], metrics)
         self.finished_steps += 1
-        metrics.add(push_weights(self.policy.model.model, self.engine, self.finished_steps))
+        metrics.add(self._push())
         self._log(metrics, groups)
 
     def evaluate(self) -> dict[str, float]:
@@ -225,6 +225,18 @@ class Trainer:
         for sink in self.sinks:
             sink.write(self.finished_steps, values)
         self.progress.step(self.finished_steps, values)
+
+    def _push(self) -> dict[str, float]:
+        """Give the engine the policy's weights."""
+        model = self.policy.model.model
+        return push_weights(
+            model.named_parameters(),
+            self.engine,
+            self.finished_steps,
+            dtype=model.dtype,
+            bucket_bytes=self.config.engine.bucket_mib << 20,
+            verify=False,
+        )
 
     def _is_due(self, every: int) -> bool:
         last = self.finished_steps >= self.config.steps

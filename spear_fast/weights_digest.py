@@ -11,6 +11,8 @@ _PERIOD = 1 << 20
 """Words after which the keys repeat, times another factor. Keys and words in work take 24 MiB."""
 _CPU_BLOCK = 1 << 15
 """Words worked on at once on the CPU, so that what is between two operations stays in its cache."""
+_FACTORS, _TAILS = 1 << 62, 1 << 61
+"""Where the factors and the keys of incomplete words begin in the sequence whose beginning is the keys."""
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -60,12 +62,12 @@ def _weighted_sum(tensor: Tensor) -> Tensor:
     keys = _keys(body.device)
     total = keys.new_zeros(())
     for start in range(0, len(body), _PERIOD):
-        factor = _signed(_mix(start // _PERIOD) | 1)
+        factor = _signed(_mix(_FACTORS + start // _PERIOD) | 1)
         for first in range(start, min(start + _PERIOD, len(body)), block):
             words = body[first : min(first + block, start + _PERIOD)]
             total += _folded(words).mul_(keys[first - start : first - start + len(words)]).sum() * factor
     if tail is not None:
-        total += _folded(tail)[0] * _signed(_mix(-1 - len(body)) | 1)
+        total += _folded(tail)[0] * _signed(_mix(_TAILS + len(body)) | 1)
     return total
 
 
