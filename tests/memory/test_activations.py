@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from spear_fast.batching import collate
 from spear_fast.config.load import load_config
 from spear_fast.config.machine import ParallelConfig
 from spear_fast.config.schema import ModelInit
 from spear_fast.dist import Ranks
 from spear_fast.memory.shapes import ModelShape, shape_of_init, shape_of_settings
 from spear_fast.memory.training import Training
-from spear_fast.types import MicroBatch
+from spear_fast.types import MicroBatch, Row
 from spear_fast.update.model import PackedModel, build_model
 from spear_fast.update.optimizer import Optimizer, OptimizerSettings
 from spear_fast.update.sharding import shard
@@ -45,15 +46,13 @@ def kept_bytes(model: PreTrainedModel, lengths: Sequence[int], *, checkpointing:
 
 
 def micro_batch(lengths: Sequence[int]) -> MicroBatch:
-    """Packed sequences of these lengths, without anything of the loss."""
-    nothing = torch.zeros(0)
-    return MicroBatch(
-        input_ids=torch.arange(sum(lengths)) % 50,
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
-        **dict.fromkeys(("predictors", "targets", "old_logp", "advantages", "seq_ids", "positions"), nothing),
-        row_index=torch.arange(len(lengths)),
-    )
+    """Packed sequences of these lengths; which tokens are actions does not matter here."""
+    rows = []
+    for uid, length in enumerate(lengths):
+        nothing = np.zeros(length, dtype=np.float32)
+        tokens = np.full(length, uid, dtype=np.int32)
+        rows.append(Row(uid, uid, 0, tokens, np.arange(length) > 0, nothing, nothing))
+    return collate(rows, range(len(rows)), "cpu")
 
 
 def planned(shape: ModelShape, tokens: int, dtype: str, *, checkpointing: bool) -> int:
