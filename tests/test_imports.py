@@ -34,18 +34,30 @@ RANKS = {
 PURE = {part for part, rank in RANKS.items() if rank == 2}
 PURE_WITH_OPS = {"advantages", "losses", "replay"}
 """The pure parts whose maths is in spear_kernels."""
-SAME_RANK = (("rollout", "envs"), ("rollout", "data"), ("sync", "rollout.engine"), ("sync", "update.model"), ("update", "dist"))
+SAME_RANK = (
+    ("rollout", "envs"),
+    ("rollout", "data"),
+    ("sync", "rollout.engine"),
+    ("sync", "update.model"),
+    ("update", "dist"),
+)
 """The only edges between parts of one rank above 0: importing part, imported module."""
 LOG_READERS = {"trainer", "cli"}
 """Rooms return their numbers; only these hand them to log/."""
 
 FENCES = {
-    "transformers": ("data/chat.py", "data/tokenizer.py", "update/model.py", "rollout/hf_engine.py"),
+    "transformers": (
+        "data/chat.py",
+        "data/tokenizer.py",
+        "update/model.py",
+        "rollout/hf_engine.py",
+        "rollout/vllm_compat.py",
+    ),
     "tokenizers": ("data/tokenizer.py",),
     "tensorboard": ("log/sinks.py",),
     "torch.utils.tensorboard": ("log/sinks.py",),
     "matplotlib": ("log/plot.py",),
-    "vllm": ("rollout/vllm_core.py", "rollout/vllm_compat.py"),
+    "vllm": ("rollout/vllm_compat.py",),
     "peft": ("update/lora.py",),
     "liger_kernel": ("update/liger.py",),
     "pynvml": ("memory/readings.py",),
