@@ -76,13 +76,17 @@ class Updater:
         head_chunk_bytes: int | None = None,
         dump_folder: Path | None = None,
         reduce_gradients: Literal["micro_batch", "step"] = "micro_batch",
+        share_prompts: bool = False,
     ) -> None:
-        """`token_budget` packed tokens per micro-batch; `temperature` of sampling; rows of a skipped step are written
-        to `dump_folder`; `reduce_gradients` over ranks after each micro-batch, or once, from whole ones that each rank
-        keeps. The policy must already be on its device, or sharded."""
+        """Store how to step.
+
+        `token_budget` packed tokens per micro-batch, in which `share_prompts` computes each prompt once; `temperature`
+        of sampling; rows of a skipped step are written to `dump_folder`; `reduce_gradients` over ranks after each
+        micro-batch, or once, from whole ones that each rank keeps. The policy must be on its device already, or sharded.
+        """
         self.policy = policy
         self.optimizer = Optimizer(policy.model.parameters(), optimizer)
-        self.scorer = Scorer(policy, token_budget, temperature, head_chunk_bytes)
+        self.scorer = Scorer(policy, token_budget, temperature, head_chunk_bytes, share_prompts)
         self.dump_folder = dump_folder
         self.reduce_gradients = reduce_gradients
 
