@@ -18,6 +18,7 @@ from spear_fast.rollout.collector import Collector
 from spear_fast.rollout.demos import Messages, demonstration_text
 from spear_fast.rollout.engine import Engine
 from spear_fast.rollout.episode import EpisodeLimits
+from spear_fast.rollout.partial import PartialCollector
 from spear_fast.seeds import derive_seed
 from spear_fast.update.model import PackedModel, build_model, load_model, probe_isolation
 
@@ -121,7 +122,18 @@ def make_collector(config: RunConfig, tasks: TaskSet, policy: Policy, engine: En
         env_timeout_s=rollout.env_timeout_s,
         max_observation_chars=rollout.max_observation_chars,
     )
-    return Collector(tasks, engine, policy.chat, limits, max_concurrent=rollout.max_concurrent, seed=config.seed)
+    if rollout.mode == "sync":
+        return Collector(tasks, engine, policy.chat, limits, max_concurrent=rollout.max_concurrent, seed=config.seed)
+    return PartialCollector(
+        tasks,
+        engine,
+        policy.chat,
+        limits,
+        max_concurrent=rollout.max_concurrent,
+        seed=config.seed,
+        oversample=rollout.oversample,
+        max_stale_steps=rollout.max_stale_steps,
+    )
 
 
 def _policy(model: torch.nn.Module, chat: Chat, config: RunConfig) -> Policy:

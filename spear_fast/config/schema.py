@@ -433,6 +433,10 @@ class RunConfig(Section):
                 "algo.advantage.estimator=gigpo needs rollout.group_size of 2 or more; raise it or use grpo",
             ),
             (
+                rollout.mode == "partial" and rollout.deterministic,
+                "rollout.deterministic=true needs rollout.mode=sync: which trajectories are paused depends on time",
+            ),
+            (
                 self.engine.placement == "process" and self.engine.name != "vllm",
                 f"engine.placement=process needs engine.name=vllm, not {self.engine.name}; set engine.placement=inproc",
             ),

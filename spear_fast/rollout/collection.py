@@ -18,6 +18,10 @@ class Collection:
     """In the order of their ids; failed trajectories included."""
     seconds: float
     """Wall time."""
+    version: int
+    """Policy version, in training steps, that the engine had."""
+    num_paused: int = 0
+    """Groups that wait for the next step."""
 
 
 def merge(parts: Sequence[Collection]) -> Collection:
@@ -27,7 +31,12 @@ def merge(parts: Sequence[Collection]) -> Collection:
         parts: One collection per rank, in any order; no group occurs twice.
     """
     groups = sorted((group for part in parts for group in part.groups), key=lambda group: group.group_id)
-    return Collection(groups, max(part.seconds for part in parts))
+    return Collection(
+        groups,
+        seconds=max(part.seconds for part in parts),
+        version=max(part.version for part in parts),
+        num_paused=sum(part.num_paused for part in parts),
+    )
 
 
 def rollout_stats(collection: Collection) -> dict[str, float]:
@@ -36,11 +45,14 @@ def rollout_stats(collection: Collection) -> dict[str, float]:
     count = max(1, len(trajectories))
     sampled = sum(trajectory.num_action_tokens for trajectory in trajectories)
     statuses = Counter(trajectory.status for trajectory in trajectories)
+    lags = [collection.version - trajectory.version for trajectory in trajectories if trajectory.turns]
     stats = {
         "rollout/trajectories": float(len(trajectories)),
         "rollout/turns_mean": sum(len(trajectory.turns) for trajectory in trajectories) / count,
         "rollout/sampled_tokens_mean": sampled / count,
         "rollout/tokens_per_s": sampled / max(collection.seconds, 1e-9),
+        "rollout/version_lag_mean": sum(lags) / max(1, len(lags)),
+        "rollout/paused_groups": float(collection.num_paused),
     }
     return stats | {f"rollout/status_{status.value}_frac": statuses[status] / count for status in Status}
 

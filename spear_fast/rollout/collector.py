@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from typing import Any
 
 from spear_fast.envs.base import TaskSet
 from spear_fast.rollout.collection import Collection
 from spear_fast.rollout.engine import Engine
-from spear_fast.rollout.episode import Chat, Episode, EpisodeLimits
+from spear_fast.rollout.episode import Chat, Episode, EpisodeLimits, Sampler
 from spear_fast.seeds import derive_seed
 from spear_fast.types import Group, Task, Trajectory
 
@@ -64,31 +65,86 @@ class Collector:
             The groups of the share, whose ids are their places in `tasks`; failed trajectories included.
         """
         limits = self._limits if temperature is None else replace(self._limits, temperature=temperature)
+        groups, episodes = self._prepare(
+            tasks, group_size, share, tag=tag, first_uid=first_uid, limits=limits, sampler=self._engine
+        )
+        started = time.perf_counter()
+        self._run(self._run_all(episodes))
+        return Collection(groups, time.perf_counter() - started, self._engine.weights_version)
+
+    def wanted(self, prompts_per_step: int) -> int:
+        """Return how many tasks the next step starts over all ranks, given how many groups it needs."""
+        return prompts_per_step
+
+    def collect_step(
+        self,
+        tasks: Sequence[Task],
+        group_size: int,
+        *,
+        step: int,
+        num_groups: int,
+        first_uid: int,
+        share: Sequence[int] | None = None,
+    ) -> Collection:
+        """Roll out the groups of one training step.
+
+        Args:
+            tasks: As many new ones as `wanted` says, those of all ranks.
+            group_size: Trajectories per task, G.
+            step: The training step, which fixes the draws.
+            num_groups: Groups that this rank shall return.
+            first_uid: Trajectories started before in the run; those of `tasks` get the next uids.
+            share: Places in `tasks` that are this rank's, as many as `num_groups`; None takes all.
+        """
+        return self.collect(tasks, group_size, tag=f"train/{step}", first_uid=first_uid, share=share)
+
+    def pending_tasks(self) -> list[Task]:
+        """Return this rank's tasks that were started and whose groups no step has returned: none."""
+        return []
+
+    def close(self) -> None:
+        """End the event loop."""
+        self._runner.close()
+
+    def _prepare(
+        self,
+        tasks: Sequence[Task],
+        group_size: int,
+        share: Sequence[int] | None,
+        *,
+        tag: str,
+        first_uid: int,
+        limits: EpisodeLimits,
+        sampler: Sampler,
+        first_group: int = 0,
+    ) -> tuple[list[Group], deque[Episode]]:
+        """The empty groups of a share, and their episodes in the same order."""
         groups: list[Group] = []
         episodes: deque[Episode] = deque()
         for index in range(len(tasks)) if share is None else share:
-            group = Group(index, tasks[index], [])
+            group = Group(first_group + index, tasks[index], [])
             groups.append(group)
             for sample in range(group_size):
                 place = index * group_size + sample
                 trajectory = Trajectory(group.task, group.group_id, sample, first_uid + place, version=0)
                 group.trajectories.append(trajectory)
                 seed = derive_seed(self._seed, tag, place)
-                episodes.append(Episode(trajectory, self._tasks, self._engine, self._chat, limits, seed))
-        started = time.perf_counter()
+                episodes.append(Episode(trajectory, self._tasks, sampler, self._chat, limits, seed))
+        return groups, episodes
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run the event loop until `work` is done, with the engine awake."""
         self._engine.wake()
         try:
-            self._runner.run(self._run_all(episodes))
+            self._runner.run(work)
         except BaseException:
-            self._engine.abort()
+            self._give_up()
             raise
         finally:
             self._engine.sleep()
-        return Collection(groups, time.perf_counter() - started)
 
-    def close(self) -> None:
-        """End the event loop."""
-        self._runner.close()
+    def _give_up(self) -> None:
+        self._engine.abort()
 
     async def _run_all(self, episodes: deque[Episode]) -> None:
         async def work() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from spear_fast.envs.base import Environment, Info, TaskSet
 from spear_fast.errors import EngineError, TaskError
-from spear_fast.rollout.engine import Completion, Engine, GenerationRequest
+from spear_fast.rollout.engine import Completion, GenerationRequest
 from spear_fast.rollout.timeouts import within
 from spear_fast.rollout.tool_calls import ToolTimeoutError, parse_tool_calls, run_tool
 from spear_fast.seeds import derive_seed
@@ -38,6 +38,14 @@ class Chat(Protocol):
         ...
 
 
+class Sampler(Protocol):
+    """What an episode needs of an engine."""
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """Sample one completion; see `Engine.generate`."""
+        ...
+
+
 @dataclass(frozen=True)
 class EpisodeLimits:
     """Limits of one trajectory; tokens, seconds and characters as in `RolloutConfig`."""
@@ -57,7 +65,7 @@ class Episode:
     """Runs one trajectory to its end. Whatever fails becomes the trajectory's status, never an exception."""
 
     def __init__(
-        self, trajectory: Trajectory, tasks: TaskSet, engine: Engine, chat: Chat, limits: EpisodeLimits, seed: int
+        self, trajectory: Trajectory, tasks: TaskSet, engine: Sampler, chat: Chat, limits: EpisodeLimits, seed: int
     ) -> None:
         """
         Args:

@@ -146,6 +146,11 @@ def test_a_wrong_setting_is_named_with_its_remedy(override: str, message: str) -
     assert all(len(line) < 200 for line in found.splitlines())
 
 
+def test_partial_rollouts_cannot_be_deterministic() -> None:
+    found = message_of(None, "rollout.mode=partial", "rollout.deterministic=true", base=BASE)
+    assert "rollout.deterministic=true needs rollout.mode=sync" in found
+
+
 def test_missing_settings_are_named(tmp_path: Path) -> None:
     message = message_of(write(tmp_path, "seed: 3\n"))
     assert "name is missing; set it, it must be string" in message
