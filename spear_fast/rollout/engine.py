@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from spear_fast.errors import EngineError
+
 if TYPE_CHECKING:
     import torch
 
@@ -94,3 +96,12 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free everything."""
         ...
+
+
+def check_length(request: GenerationRequest, max_model_tokens: int) -> None:
+    """Raise EngineError for a request that has no prompt, asks for nothing or leaves no room for a token."""
+    if len(request.prompt) >= max_model_tokens or not request.prompt or request.max_tokens < 1:
+        raise EngineError(
+            f"request {request.uid}: a prompt of {len(request.prompt)} tokens with max_tokens={request.max_tokens} "
+            f"does not fit max_model_tokens={max_model_tokens}; raise rollout.max_tokens or shorten the prompt"
+        )

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from spear_fast.errors import EngineError
-from spear_fast.rollout.engine import Completion, GenerationRequest
+from spear_fast.rollout.engine import Completion, GenerationRequest, check_length
 from spear_fast.rollout.sampling import sample, uniforms
 from spear_fast.rollout.slot_cache import SlotBatch, SlotCache, slot_attention
+from spear_fast.weights_digest import Digests
 
 ATTENTION = "spear_slots"
 PREFILL_TOKENS = 16384
@@ -40,6 +41,13 @@ class _Running:
     future: asyncio.Future[Completion]
     sampled: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    version: int | None = None
+    """Of the weights that sampled the first token."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """What must be computed before the next token is sampled."""
+        return [*self.request.prompt, *self.sampled]
 
 
 class HFEngine:
@@ -79,17 +87,13 @@ class HFEngine:
         self._running: list[_Running] = []
         self._waiting: list[_Running] = []
         self._participants = 0
+        self._paused = False
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Sample one completion; see `Engine.generate`."""
-        room = self.max_model_tokens - len(request.prompt)
-        if room < 1 or not request.prompt or request.max_tokens < 1:
-            raise EngineError(
-                f"request {request.uid}: a prompt of {len(request.prompt)} tokens with max_tokens={request.max_tokens} "
-                f"does not fit max_model_tokens={self.max_model_tokens}; raise rollout.max_tokens or shorten the prompt"
-            )
+        check_length(request, self.max_model_tokens)
         loop = asyncio.get_running_loop()
         running = _Running(request, loop.create_future())
         self._unanswered.add(running)
@@ -118,14 +122,25 @@ class HFEngine:
             self._task = None
         self._give_up(EngineError("the request was aborted"))
 
+    def pause(self) -> None:
+        """Free the slots of all requests and keep what they have sampled; see `Engine.pause`."""
+        self._paused = True
+        while self._running:
+            self._cache.release(len(self._running) - 1)
+            self._waiting.append(self._running.pop())
+
+    def resume(self) -> None:
+        """Prefill the paused requests again, with what they had sampled; see `Engine.resume`."""
+        self._paused = False
+        self._changed.set()
+
     def load_weights(self, named: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy weights in and drop the cache; see `Engine.load_weights`.
 
         Raises:
             EngineError: A name or shape is unknown, a parameter is missing, or requests are running.
         """
-        if self._unanswered:
-            raise EngineError("load_weights was called while requests are running; wait for them first")
+        self._refuse_while_running("load_weights")
         missing = set(self._parameters)
         for name, tensor in named:
             own = self._parameters.get(name)
@@ -138,8 +153,16 @@ class HFEngine:
         self._cache.clear()
         self.weights_version = version
 
+    def weights_digest(self) -> dict[str, int]:
+        """Digests of the engine's parameters; see `Engine.weights_digest`."""
+        digests = Digests()
+        for name, parameter in self._parameters.items():
+            digests.add(name, parameter)
+        return digests.result()
+
     def sleep(self) -> None:
-        """Free the cache; see `Engine.sleep`."""
+        """Free the cache; see `Engine.sleep`. Raises EngineError while requests run."""
+        self._refuse_while_running("sleep")
         self._cache.free()
 
     def wake(self) -> None:
@@ -150,6 +173,10 @@ class HFEngine:
         self.abort()
         self._cache.free()
         self._parameters.clear()
+
+    def _refuse_while_running(self, what: str) -> None:
+        if self._unanswered and not self._paused:
+            raise EngineError(f"{what} was called while requests are running; pause them or wait for them first")
 
     async def _serve(self) -> None:
         """Run until no request is left; a failure is handed to every request."""
@@ -174,7 +201,7 @@ class HFEngine:
 
     async def _let_others_run(self) -> None:
         await asyncio.sleep(0)
-        while self._deterministic and len(self._waiting) + len(self._running) < self._participants:
+        while self._paused or (self._deterministic and len(self._waiting) + len(self._running) < self._participants):
             self._changed.clear()
             await self._changed.wait()
 
@@ -185,22 +212,22 @@ class HFEngine:
         admitted = self._waiting[: self._cache.num_free]
         del self._waiting[: len(admitted)]
         # Equal prompts become neighbours; among equal lengths the order stays that of the trajectories.
-        admitted.sort(key=lambda running: (-len(running.request.prompt), running.request.prompt))
+        admitted.sort(key=lambda running: (-len(running.tokens), running.tokens))
         start = 0
         while start < len(admitted):
-            longest = len(admitted[start].request.prompt)
+            longest = len(admitted[start].tokens)
             count = max(1, PREFILL_TOKENS // longest)
             self._prefill(admitted[start : start + count])
             start += count
 
     def _prefill(self, admitted: list[_Running]) -> None:
-        """Compute the prompts of new requests and sample their first tokens."""
+        """Compute the tokens of requests that start, or go on after a pause, and sample the next token of each."""
         first = self._cache.num_running
         fresh: list[tuple[list[int], int]] = []
         leader_by_prompt: dict[tuple[int, ...], int] = {}
         followers: list[_Running] = []
         for running in admitted:
-            prompt = running.request.prompt
+            prompt = running.tokens
             if tuple(prompt) in leader_by_prompt:
                 followers.append(running)
                 continue
@@ -211,8 +238,8 @@ class HFEngine:
         logits = self._forward(first, fresh)
         source = list(range(len(fresh)))
         for running in followers:
-            leader = leader_by_prompt[tuple(running.request.prompt)]
-            self._cache.acquire(running.request.uid, running.request.prompt)
+            leader = leader_by_prompt[tuple(running.tokens)]
+            self._cache.acquire(running.request.uid, running.tokens)
             self._cache.copy(first + leader, self._cache.num_running - 1)
             self._running.append(running)
             source.append(leader)
@@ -266,6 +293,7 @@ class HFEngine:
         temperatures = torch.tensor([request.temperature for request in requests], device=self._device)
         tokens, logps = sample(logits, temperatures, torch.from_numpy(draws))
         for running, token, logp in zip(batch, tokens.tolist(), logps.tolist(), strict=True):
+            running.version = self.weights_version if running.version is None else running.version
             running.sampled.append(token)
             running.logps.append(logp)
         # From the back, because a released slot is filled with the last running one.
@@ -286,4 +314,5 @@ class HFEngine:
         if not running.future.done():
             # A log-prob that is not a number would poison every loss the trajectory enters.
             finish = "abort" if broken else "stop" if stopped else "length"
-            running.future.set_result(Completion(running.sampled, running.logps, finish, self.weights_version))
+            version = self.weights_version if running.version is None else running.version
+            running.future.set_result(Completion(running.sampled, running.logps, finish, version))

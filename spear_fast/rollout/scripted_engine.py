@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
@@ -22,9 +23,12 @@ class ScriptedEngine:
         self.weights_version = 0
         self.max_model_tokens = max_model_tokens
         self._reply = reply
+        self._go = asyncio.Event()
+        self._go.set()
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Return the scripted tokens; finish is "stop" when the last of them is a stop token."""
+        await self._go.wait()
         tokens = list(self._reply(request))[: request.max_tokens]
         ended = bool(tokens) and tokens[-1] in request.stop_ids
         return Completion(tokens, [0.0] * len(tokens), "stop" if ended else "length", self.weights_version)
@@ -36,11 +40,23 @@ class ScriptedEngine:
     def abort(self) -> None:
         """Nothing to give up: replies are immediate."""
 
+    def pause(self) -> None:
+        """Let later requests wait; earlier ones are answered already."""
+        self._go.clear()
+
+    def resume(self) -> None:
+        """Answer again."""
+        self._go.set()
+
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Take the version; a script has no weights."""
         for _ in named:
             pass
         self.weights_version = version
+
+    def weights_digest(self) -> dict[str, int]:
+        """No weights."""
+        return {}
 
     def sleep(self) -> None:
         """Nothing to free."""

@@ -14,7 +14,7 @@ from spear_fast.rollout import vllm_compat
 from spear_fast.rollout.vllm_compat import CoreSettings
 from spear_fast.rollout.vllm_isolation import kept_rng, kept_torch_rng, own_process_group, plain_environment
 from spear_fast.rollout.weight_layout import WeightLayout
-from spear_fast.weights_digest import digest
+from spear_fast.weights_digest import Digests
 
 _DRAIN_STEPS = 8
 """Steps after which aborted requests must have given their blocks back; asynchronous scheduling needs two."""
@@ -195,7 +195,10 @@ class VllmCore:
         """Digest of each parameter as the model holds it. Raises EngineError while the weights sleep."""
         if self._weights_asleep:
             raise EngineError("the weights of the vllm engine sleep; wake it before asking for their digest")
-        return {name: digest(self._layout.read(name)) for name in self._layout.readable}
+        digests = Digests()
+        for name in self._layout.readable:
+            digests.add(name, self._layout.read(name))
+        return digests.result()
 
     def sleep(self) -> None:
         """Forget the caches, and free memory as the sleep level says."""

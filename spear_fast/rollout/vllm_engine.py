@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spear_fast.errors import ConfigError, EngineError, MissingDependencyError
-from spear_fast.rollout.engine import Completion, GenerationRequest
+from spear_fast.rollout.engine import Completion, GenerationRequest, check_length
 from spear_fast.rollout.vllm_core import CoreHost, CoreRequest, Progress
 from spear_fast.seeds import derive_seed
 
@@ -172,12 +172,7 @@ class VllmEngine:
 
     def _check(self, request: GenerationRequest) -> None:
         """Raise EngineError for a request that cannot be served; vLLM would fail all of them."""
-        room = self.max_model_tokens - len(request.prompt)
-        if room < 1 or not request.prompt or request.max_tokens < 1:
-            raise EngineError(
-                f"request {request.uid}: a prompt of {len(request.prompt)} tokens with max_tokens={request.max_tokens} "
-                f"does not fit max_model_tokens={self.max_model_tokens}; raise rollout.max_tokens or shorten the prompt"
-            )
+        check_length(request, self.max_model_tokens)
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
             raise EngineError(
                 f"request {request.uid}: the prompt holds token ids {min(request.prompt)} to {max(request.prompt)}, "

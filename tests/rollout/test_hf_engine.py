@@ -13,6 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2Fo
 from spear_fast.errors import EngineError
 from spear_fast.rollout.engine import GenerationRequest
 from spear_fast.rollout.hf_engine import HFEngine
+from spear_fast.weights_digest import digest
 
 VOCAB = 37
 STOP = 5
@@ -244,3 +245,65 @@ def test_a_failure_reaches_every_request_and_the_engine_recovers(monkeypatch):
         with pytest.raises(EngineError, match="out of memory"):
             generate(engine, [request(uid, prompt_of(uid % 2)) for uid in range(12)])
     assert generate(engine, [request(1, prompt_of(1))])[0].tokens
+
+
+def test_a_paused_request_goes_on_as_if_nothing_had_happened():
+    model = make_model()
+    requests = [request(uid, prompt_of(uid % 4), max_tokens=30) for uid in range(12)]
+    expected = generate(make_engine(model, slots=5), requests)
+    engine = make_engine(model, slots=5)
+    engine.load_weights(model.named_parameters(), version=3)
+
+    async def run():
+        running = [asyncio.ensure_future(engine.generate(each)) for each in requests]
+        for version in range(4, 8):
+            for _ in range(6):
+                await asyncio.sleep(0)
+            engine.pause()
+            await asyncio.sleep(0.01)
+            held = [list(each.sampled) for each in engine._waiting]
+            engine.load_weights(model.named_parameters(), version)
+            assert held == [each.sampled for each in engine._waiting] and any(held)
+            engine.sleep()
+            engine.wake()
+            engine.resume()
+        return await asyncio.gather(*running)
+
+    for one, other in zip(asyncio.run(run()), expected, strict=True):
+        assert one.tokens == other.tokens and one.finish == other.finish
+        assert torch.allclose(torch.tensor(one.logps), torch.tensor(other.logps), atol=1e-5)
+        assert 3 <= one.version <= 7
+
+
+def test_a_request_that_was_paused_reports_its_oldest_weights():
+    old, new = make_model(seed=0), make_model(seed=1)
+    engine = make_engine(old)
+    prompt = prompt_of(3)
+
+    async def run():
+        running = asyncio.ensure_future(engine.generate(request(1, prompt, 20, temperature=0.0)))
+        while not engine._running:
+            await asyncio.sleep(0)
+        engine.pause()
+        late = asyncio.ensure_future(engine.generate(request(2, prompt, 3)))
+        await asyncio.sleep(0.01)
+        assert not late.done()
+        engine.load_weights(new.named_parameters(), version=1)
+        kept = len(next(each for each in engine._waiting if each.request.uid == 1).sampled)
+        engine.resume()
+        return await running, kept, await late
+
+    completion, kept, late = asyncio.run(run())
+    assert 0 < kept < len(completion.tokens)
+    before = reference_logps(old, prompt, completion.tokens[:kept], 1.0)
+    after = reference_logps(new, prompt + completion.tokens[:kept], completion.tokens[kept:], 1.0)
+    assert torch.allclose(torch.tensor(completion.logps).double(), torch.cat([before, after]), atol=1e-5)
+    assert (completion.version, late.version) == (0, 1)
+
+
+def test_the_digest_is_that_of_the_weights_that_were_pushed():
+    engine, model = make_engine(make_model(seed=0)), make_model(seed=1)
+    expected = {name: digest(parameter) for name, parameter in model.named_parameters()}
+    assert engine.weights_digest() != expected
+    engine.load_weights(model.named_parameters(), version=1)
+    assert engine.weights_digest() == expected
