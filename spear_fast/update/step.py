@@ -82,7 +82,7 @@ class Updater:
 
         `token_budget` packed tokens per micro-batch, in which `share_prompts` computes each prompt once; `temperature`
         of sampling; rows of a skipped step are written to `dump_folder`; `reduce_gradients` over ranks after each
-        micro-batch, or once, from whole ones that each rank keeps. The policy must be on its device already, or sharded.
+        micro-batch, or once, from whole ones that each rank keeps. The policy must be on its device, or sharded.
         """
         self.policy = policy
         self.optimizer = Optimizer(policy.model.parameters(), optimizer)
