@@ -102,7 +102,7 @@ def elsewhere(
     ]
     if any(row[-1] == FROM_DATASHEET for row in times):
         notes.append("Rates of a datasheet are never reached: such times are lower bounds, not predictions.")
-    title = f"Memory of each of {num_gpus} x {gpu_name}, {shape.num_parameters / 1e9:.2f} G parameters"
+    title = f"Memory of each of {num_gpus} x {gpu_name}, model of {shape.num_parameters / 1e6:,.1f} M parameters"
     return [Section(title, plan.as_rows()), Section("Time of a training step", times, notes)]
 
 

@@ -63,13 +63,14 @@ def load_gpu(name: str, coefficients: Path | None = None) -> Gpu:
     """
     known = json.loads(DATASHEET.read_text(encoding="utf-8"))
     measured = {} if coefficients is None else _read(coefficients)
+    if measured and measured["gpu"] != name:
+        raise ConfigError(f"--coefficients {coefficients} is about {measured['gpu']!r}, not --gpu {name}")
     if name in known:
         return _gpu(name, known[name], known[name]["measured"] or {}, measured, str(coefficients))
-    if measured.get("gpu") == name:
+    if measured:
         return _gpu(name, {}, {}, measured, str(coefficients))
-    about = f", and {coefficients} is about {measured['gpu']!r}" if measured else ""
     raise ConfigError(
-        f"--gpu {name}: no such GPU; known: {', '.join(known)}{about}. Another device, the CPU too, needs "
+        f"--gpu {name}: no such GPU; known: {', '.join(known)}. Another device, the CPU too, needs "
         "--coefficients with a file that bench/calibrate.py wrote on it"
     )
 

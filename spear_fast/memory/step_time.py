@@ -125,7 +125,9 @@ class StepTime:
             "decoding products": passes * flops / gpu.matmul_flops.value,
         }
         slower = max("reading weights and KV cache", "decoding products", key=lambda name: times[name])
-        launches = passes * shape.num_layers * gpu.layer_s.value
+        # vLLM replays CUDA graphs, which costs no launches to speak of.
+        eager = self.config.engine.name == "hf" or self.config.engine.enforce_eager or self.gpu.name == "cpu"
+        launches = passes * shape.num_layers * gpu.layer_s.value if eager else 0.0
         parts = {"prefill products": times["prefill products"], slower: times[slower], "launches": launches}
         return _phase("rollout", parts, (gpu.matmul_flops, gpu.memory_bandwidth, gpu.layer_s))
 
