@@ -290,5 +290,13 @@ def _attention_forward(
     return packed_attention(query, key, value, attention_plan, scaling, sliding_window)[None], None
 
 
+def keep_attention_eager() -> None:
+    """Leave packed attention out of what torch.compile captures, from now on.
+
+    Its plan differs in every micro-batch, and graphs that know the plan would be compiled anew for each.
+    """
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention_forward))
+
+
 AttentionInterface.register(ATTENTION, _attention_forward)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from spear_fast.errors import ConfigError
 
+from .model import keep_attention_eager
+
 if TYPE_CHECKING:
     from spear_fast.config.machine import ParallelConfig
     from spear_fast.dist import Ranks
@@ -40,11 +42,14 @@ def shard(
     weights; each keeps its part, so leave the model on the CPU. Adapters come before, the optimizer after.
     """
     blocks = decoder_blocks(policy.model)
+    if compile_blocks:
+        keep_attention_eager()
     for block in blocks:
-        if parallel.activation_checkpointing:
-            block.forward = _recomputed(block.forward)
         if compile_blocks:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, dynamic=True)
+        if parallel.activation_checkpointing:
+            # Around the compiled block: inside, its eager attention would keep the whole block from being compiled.
+            block.forward = _recomputed(block.forward)
     if ranks.mesh is None:
         return
     settings: dict[str, Any] = {
