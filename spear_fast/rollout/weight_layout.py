@@ -98,7 +98,8 @@ class WeightLayout:
         """Copy a whole parameter into the engine, from any device and floating-point type.
 
         Raises:
-            EngineError: The name is unknown or the shape is another one than the engine was built for.
+            EngineError: The name is unknown, the shape is another one than the engine was built for, or there is no
+                place for it and the engine's own loader does not take it either.
         """
         shape = self._shapes.get(name)
         if shape is None or tuple(tensor.shape) != tuple(shape):
@@ -129,7 +130,14 @@ class WeightLayout:
         """Write by the engine's own code; the first time, compare what arrived where the map says."""
         if self._load is None:
             raise EngineError(f"the engine's model has no loader for {name!r}")
-        self._load([(name, tensor)])
+        try:
+            loaded = self._load([(name, tensor)])
+        except Exception as error:
+            raise EngineError(f"the engine's own loader refuses {name!r}: {type(error).__name__}: {error}") from error
+        if loaded is not None and not loaded:
+            raise EngineError(
+                f"the engine's own loader ignores {name!r}, so it would be left as it is; use engine.name=hf"
+            )
         if name in self._unproven:
             self._unproven.discard(name)
             held = self.read(name)

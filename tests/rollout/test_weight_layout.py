@@ -126,6 +126,17 @@ def test_a_name_that_the_map_lacks_goes_through_the_loader() -> None:
     assert layout.unreadable == {name for name in SHAPES if "attn" in name}
 
 
+def test_a_loader_that_refuses_or_ignores_a_name_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Fused()
+    untied = {**SHAPES, "lm_head.weight": (VOCAB, WIDTH)}  # the engine has no such head
+    layout = WeightLayout.of(model, untied)
+    with pytest.raises(EngineError, match=r"own loader refuses 'lm_head\.weight': KeyError"):
+        layout.write("lm_head.weight", torch.zeros(VOCAB, WIDTH))
+    monkeypatch.setattr(layout, "_load", lambda weights: set())
+    with pytest.raises(EngineError, match=r"own loader ignores 'lm_head\.weight'"):
+        layout.write("lm_head.weight", torch.zeros(VOCAB, WIDTH))
+
+
 def test_a_head_with_storage_of_its_own_follows_the_embedding_it_is_tied_to() -> None:
     model = Fused()
     model.lm_head = Vocabulary()
