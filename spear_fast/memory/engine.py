@@ -9,6 +9,9 @@ from spear_fast.config.schema import RunConfig
 
 from .shapes import DTYPE_BYTES, ModelShape
 
+BLOCK_TOKENS = 128
+"""Tokens of a block of vLLM's cache on the CPU; those on CUDA are smaller."""
+
 
 @dataclass(frozen=True)
 class EngineNeeds:
@@ -51,9 +54,10 @@ class EngineNeeds:
         """Trajectories of one rank in flight at once."""
         return min(self.config.rollout.max_concurrent, self.trajectories)
 
-    def cache_of(self, trajectories: float) -> int:
-        """KV cache of so many trajectories of the greatest length."""
-        return ceil(trajectories * self.config.rollout.max_tokens * self.shape.kv_bytes_per_token(self.dtype))
+    def cache_of(self, trajectories: int) -> int:
+        """KV cache of so many trajectories of the greatest length, in whole blocks, and the one that vLLM keeps."""
+        blocks = trajectories * ceil(self.config.rollout.max_tokens / BLOCK_TOKENS) + 1
+        return blocks * BLOCK_TOKENS * self.shape.kv_bytes_per_token(self.dtype)
 
     def fixed_cache(self) -> int | None:
         """Bytes of the cache where they are not for the plan to choose, else None.
