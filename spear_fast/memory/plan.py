@@ -164,8 +164,8 @@ class _Planner:
     def _phases(self, mode: str, cache: int) -> dict[str, Items]:
         training, engine, resident = self.training, self.engine, mode == "resident"
         on_device = 0 if self.config.parallel.cpu_offload else 1
-        # "offload" brings the trainer's weights back for the sync, and its moments for the update.
-        in_rollout, in_sync = (0, 0) if mode == "offload" else (on_device, on_device)
+        # With "offload" weights and moments leave together once the engine has the weights, and come back together.
+        in_rollout = 0 if mode == "offload" else on_device
         reference = self.shape.num_parameters * DTYPE_BYTES[self.config.model.dtype]
         always = {"reference policy": reference if self.config.algo.loss.kl_coef > 0 else 0}
         awake = {"engine weights": engine.weights(), "engine workspace": engine.workspace()}
@@ -181,7 +181,7 @@ class _Planner:
             },
             "sync": {
                 "master weights": on_device * master,
-                "optimizer state": in_sync * moments,
+                "optimizer state": on_device * moments,
                 **always,
                 **awake,
                 "KV cache": cache if resident else 0,
