@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -127,6 +129,7 @@ def build_engine(settings: CoreSettings, local_rank: int) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    _keep_process_groups()
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     if _NEEDED - known:
         raise EngineError(f"this vLLM lacks the engine arguments {sorted(_NEEDED - known)}; install {NEWEST} or older")
@@ -266,6 +269,21 @@ def _executor_on(local_rank: int) -> type:
             return method, rank, local_rank
 
     return OneDevice
+
+
+def _keep_process_groups() -> None:
+    """Stop an engine that ends, or is collected, from destroying every process group, the trainer's too.
+
+    Its own groups of one rank stay, and the next engine of this process takes them over.
+    """
+    core: Any = importlib.import_module("vllm.v1.engine.core")
+
+    def release() -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    core.cleanup_dist_env_and_memory = release
 
 
 @contextmanager

@@ -223,7 +223,7 @@ class VllmCore:
 
     def close(self) -> None:
         """Shut vLLM down."""
-        with kept_rng(self._device), own_process_group():
+        with kept_rng(self._device):
             self._llm.engine_core.shutdown()
             del self._llm, self._layout
 

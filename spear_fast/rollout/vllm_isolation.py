@@ -50,10 +50,10 @@ def kept_torch_rng(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def own_process_group() -> Iterator[None]:
-    """Hide the trainer's default process group, so that vLLM makes and destroys one of its own, of one rank.
+    """Hide the trainer's default process group, so that vLLM makes one of its own, of one rank.
 
-    vLLM would otherwise join a group that exists and destroy it when it shuts down, or leave one behind. With one
-    rank it communicates with nobody, so its group is needed only while it is built and torn down.
+    vLLM would otherwise join a group that exists, which takes collectives of all ranks, or leave one behind. With one
+    rank it communicates with nobody, so its group is needed only while it is built.
     """
     global _engines_world
     trainers = c10d.GroupMember.WORLD

@@ -67,6 +67,7 @@ class CoreProcess:
                 raise EngineError(f"the vllm process did not start within {startup_timeout_s:.0f} s")
             self._answer()
         except BaseException:
+            self._process.kill()
             self.close()
             raise
 

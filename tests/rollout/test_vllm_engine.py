@@ -171,6 +171,13 @@ def test_equal_requests_get_equal_tokens_and_other_seeds_others(engine):
     assert [c.tokens for c in one[3:]] == [c.tokens for c in two[:3]]
 
 
+def test_more_prompt_than_a_batch_holds_is_served(engine):
+    model = push(engine, make_model())
+    requests = [request(uid, prompt_of(uid, length=150), 3) for uid in range(20)]
+    for each, completion in zip(requests, generate(engine, requests), strict=True):
+        assert gap(model, each.prompt, completion).max() < 1e-4
+
+
 def test_a_paused_request_keeps_its_tokens_and_goes_on_under_new_weights(engine):
     old, new = make_model(0), make_model(1)
     push(engine, old, 7)
