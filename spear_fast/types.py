@@ -81,7 +81,7 @@ class Trajectory:
     uid: int
     """Unique in the run; keys the counter-based draws."""
     version: int
-    """Policy version that sampled the first turn."""
+    """Oldest policy version that sampled in it."""
     tokens: list[int] = field(default_factory=list)
     action_mask: list[bool] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -134,7 +134,7 @@ class Row:
     uid: int
     group_id: int
     version: int
-    """Policy version that sampled it, in training steps."""
+    """Oldest policy version that sampled in it, in training steps."""
     tokens: np.ndarray  # int32 [L]
     action_mask: np.ndarray  # bool [L]
     old_logp: np.ndarray  # float32 [L]
@@ -211,8 +211,8 @@ class MicroBatch:
     seq_ids: torch.Tensor  # int64 [N], the row's uid
     positions: torch.Tensor  # int64 [N], rank of the token among its row's action tokens
     row_index: torch.Tensor  # int64 [R], place of each sequence in the list that was packed
+    versions: torch.Tensor  # int64 [N], oldest policy version that sampled in the token's sequence
     ref_logp: torch.Tensor | None = None  # float32 [N]
     weight: torch.Tensor | None = None  # float32 [N]
-    versions: torch.Tensor | None = None  # int64 [N], oldest policy version that sampled in the token's sequence
     repeats: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     """Rows of [T] that `predictors` holds several times; see `batching.repeats`."""

@@ -61,11 +61,27 @@ def packed_attention(
     query [T, Hq, D], key and value [T, Hkv, D] with Hq a multiple of Hkv -> [T, Hq, D]. `scale` multiplies the scores
     (default D ** -0.5); with `window` a token sees itself and the window - 1 tokens before it.
     """
+    return _attend(query, key, value, plan, scale, window)
+
+
+def _by_plan(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
     if isinstance(plan, SdpaPlan):
         return _sdpa_packed(query, key, value, plan, scale, window)
     if isinstance(plan, FlexPlan):
         return flex_packed(query, key, value, plan, scale, window)
     return _flash_packed(query, key, value, plan, scale, window)
+
+
+# A compiled block leaves its graph for attention: loops and shapes follow the plan, so each micro-batch would be
+# compiled anew. FlexAttention is compiled by itself all the same.
+_attend = cast(Callable[..., torch.Tensor], torch.compiler.disable(_by_plan))
 
 
 def select_rows(source: torch.Tensor, index: torch.Tensor, repeats: Repeats = ()) -> torch.Tensor:

@@ -248,7 +248,7 @@ def _packed_logits(packed: PackedModel, sequences: Sequence[torch.Tensor], promp
         position_ids=torch.cat(places),
         segments=Segments.of(lengths, [-1] * len(heads) + [len(heads) - 1] * len(sequences)),
         **dict.fromkeys(
-            ("predictors", "targets", "old_logp", "advantages", "seq_ids", "positions", "row_index"),
+            ("predictors", "targets", "old_logp", "advantages", "seq_ids", "positions", "row_index", "versions"),
             torch.zeros(0, device=device),
         ),
     )

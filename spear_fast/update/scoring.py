@@ -129,6 +129,18 @@ class Scorer:
         return [scored[index] for index in range(len(rows))]
 
 
+def fresh_gap(logp: torch.Tensor, batch: MicroBatch, version: int) -> dict[str, torch.Tensor]:
+    """How far log-probs [N] of a micro-batch are from the sampler's, over rows that policy `version` sampled whole.
+
+    Returns, 0-d and without gradients, `fresh_gap` (sum of |logp - old_logp| over their tokens, nats) and
+    `fresh_fraction` (number of their tokens), both divided by all tokens of the batch: so both may be averaged over
+    micro-batches by their tokens, and the mean gap of fresh tokens is the quotient of the two averages.
+    """
+    fresh = batch.versions >= version
+    gap = torch.where(fresh, (logp.detach().float() - batch.old_logp).abs(), 0.0)
+    return {"fresh_gap": gap.mean(), "fresh_fraction": fresh.float().mean()}
+
+
 def fill_ref_logp(rows: Sequence[Row], reference: Scorer) -> None:
     """Set `ref_logp` of every row to the log-probs under the reference policy."""
     for row, logp in zip(rows, reference.score(rows), strict=True):

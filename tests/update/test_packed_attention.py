@@ -13,12 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spear_fast.batching import collate
 from spear_fast.batching.repeats import find_repeats
 from spear_fast.errors import ConfigError
 from spear_fast.types import Segments
 from spear_fast.update import attention
 from spear_fast.update.attention import choose_attention, packed_attention, plan_attention, select_rows
 from spear_fast.update.flex import block_mask
+from spear_fast.update.sharding import decoder_blocks
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 """Whole sequences."""
@@ -223,6 +225,21 @@ def test_choose_attention_by_what_works(monkeypatch):
             choose_attention(*where)
 
 
+def test_compiled_blocks_are_not_compiled_anew_for_each_plan(policy, new_rows):
+    generator = np.random.default_rng(0)
+    rows = [new_rows(generator.integers(4, 60, 5 + seed).tolist(), seed) for seed in range(3)]
+    batches = [collate(part, range(len(part)), "cpu") for part in rows]
+    expected = [policy.hidden_states(batch) for batch in batches]
+    graphs = []
+    for block in decoder_blocks(policy.model):
+        block.forward = torch.compile(block.forward, backend=lambda module, _: graphs.append(module) or module)
+    counts = []
+    for batch, plain in zip(batches, expected, strict=True):
+        torch.testing.assert_close(policy.hidden_states(batch), plain)
+        counts.append(len(graphs))
+    assert 0 < counts[1] == counts[-1]
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the largest tensor that any operation returns."""
 
@@ -240,8 +257,6 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("lengths", [[512] * 8, [300, 40, 1000, 7, 2749]])
 def test_model_allocates_nothing_of_the_order_of_t_squared(policy, new_rows, lengths):
-    from spear_fast.batching import collate
-
     rows = new_rows(lengths)
     batch = collate(rows, range(len(rows)), "cpu")
     with LargestTensor() as largest:

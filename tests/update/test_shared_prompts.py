@@ -17,7 +17,7 @@ from spear_fast.types import Row, Segments
 from spear_fast.update import model as model_module
 from spear_fast.update.model import probe_isolation
 from spear_fast.update.optimizer import OptimizerSettings
-from spear_fast.update.scoring import Scorer
+from spear_fast.update.scoring import Scorer, fresh_gap
 from spear_fast.update.step import LossGroup, Updater
 from spear_kernels import PolicyLossConfig
 
@@ -134,6 +134,24 @@ def test_example_of_the_docstring():
     assert batch.predictors.tolist() == [1, 2, 1]
     ((shared_rows, shared_places),) = batch.repeats
     assert (shared_rows.tolist(), shared_places.tolist()) == ([1], [[0, 2]])
+
+
+def test_gap_of_rows_sampled_whole_by_one_version():
+    rows = make_rows(seed=4)
+    for row in rows:
+        row.version = row.uid % 4
+    logp = [np.random.default_rng(row.uid).normal(size=row.num_tokens).astype(np.float32) for row in rows]
+    parts = [range(5), range(5, len(rows))]
+    found, weights = [], []
+    for index in parts:
+        values = np.concatenate([logp[i][rows[i].action_mask] for i in index])
+        found.append(fresh_gap(torch.from_numpy(values), collate(rows, index, "cpu", share_prompts=True), 2))
+        weights.append(len(values))
+    gap, fraction = (np.average([part[name].item() for part in found], weights=weights) for name in found[0])
+    fresh = [np.abs(logp[i] - row.old_logp)[row.action_mask] for i, row in enumerate(rows) if row.version >= 2]
+    assert 0 < len(fresh) < len(rows)
+    assert gap / fraction == pytest.approx(np.concatenate(fresh).mean(), rel=1e-5)
+    assert fraction * sum(weights) == pytest.approx(sum(map(len, fresh)), rel=1e-5)
 
 
 def test_probe_refuses_a_back_end_that_shows_one_rest_to_another(policy, monkeypatch):
