@@ -129,6 +129,11 @@ def test_a_refusal_names_the_phase_the_excess_and_remedies_that_work() -> None:
     assert any("(enough alone)" in line for line in lines) and any("(not enough alone)" in line for line in lines)
 
 
+def test_a_token_budget_below_the_longest_trajectory_is_never_proposed() -> None:
+    with pytest.raises(ConfigError, match=r"update.token_budget=8192 \(not enough alone\)"):
+        plan("update.token_budget=20000", gib=10)
+
+
 def test_the_cache_is_what_is_asked_for_and_at_least_one_trajectory() -> None:
     assert plan("engine.kv_cache_mib=2048").kv_cache_bytes == 2 * GIB
     with pytest.raises(ConfigError, match=r"engine.kv_cache_mib=100 holds no trajectory.*455 MiB"):

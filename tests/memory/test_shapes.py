@@ -32,6 +32,7 @@ MODELS = [
     ("Llama", {}),
     ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 6}),
     ("Mistral", {"head_dim": 14}),
+    ("Mistral", {"attention_bias": True}),
     ("Gemma", {"head_dim": 8}),
     ("Gemma", {}),
     ("Gemma2", {"head_dim": 8}),
