@@ -20,7 +20,6 @@ from spear_fast.types import Segments
 from spear_fast.update import attention
 from spear_fast.update.attention import choose_attention, packed_attention, plan_attention, select_rows
 from spear_fast.update.flex import block_mask
-from spear_fast.update.sharding import decoder_blocks
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 """Whole sequences."""
@@ -106,12 +105,12 @@ def test_output_and_gradients_equal_the_slow_version(backend, groups, window, sc
         torch.testing.assert_close(grad, truth)
 
 
-@pytest.mark.parametrize("window", [None, 1, 150])
-@settings(max_examples=3)
+@pytest.mark.parametrize("window", [None, 150])
+@settings(max_examples=2)
 @given(groups=GROUPS, scale=st.sampled_from([None, 0.3]))
 def test_flex_equals_sdpa(window, groups, scale):
     # Long enough for blocks of the mask inside one segment, inside a prompt, and across several.
-    for segments in (segments_of(groups), segments_of([(300, [200, 3]), *groups])):
+    for segments in (segments_of(groups), segments_of([(260, [140, 3]), *groups])):
         tensors = [tensor.detach() for tensor in random_qkv(int(segments.length.sum()), heads=2, kv_heads=1)]
         output = packed_attention(*tensors, plan_attention(segments, "cpu", "flex"), scale, window)
         expected = packed_attention(*tensors, plan_attention(segments, "cpu", "sdpa"), scale, window)
@@ -225,17 +224,20 @@ def test_choose_attention_by_what_works(monkeypatch):
             choose_attention(*where)
 
 
-def test_compiled_blocks_are_not_compiled_anew_for_each_plan(policy, new_rows):
-    generator = np.random.default_rng(0)
-    rows = [new_rows(generator.integers(4, 60, 5 + seed).tolist(), seed) for seed in range(3)]
-    batches = [collate(part, range(len(part)), "cpu") for part in rows]
-    expected = [policy.hidden_states(batch) for batch in batches]
+def test_compiled_code_is_not_compiled_anew_for_each_plan():
     graphs = []
-    for block in decoder_blocks(policy.model):
-        block.forward = torch.compile(block.forward, backend=lambda module, _: graphs.append(module) or module)
+
+    def keep(module, _):
+        graphs.append(module)
+        return module
+
+    block = torch.compile(lambda q, k, v, plan: packed_attention(2 * q, k, v, plan) + 1, backend=keep)
     counts = []
-    for batch, plain in zip(batches, expected, strict=True):
-        torch.testing.assert_close(policy.hidden_states(batch), plain)
+    for groups in ([(5, [])], [(3, [2, 9]), (30, [])], [(4, [20]), (7, [2, 3]), (1, [])], [(2, [1, 5]), (9, [8])]):
+        segments = segments_of(groups)
+        plan = plan_attention(segments, "cpu")
+        query, key, value = (tensor.detach() for tensor in random_qkv(int(segments.length.sum())))
+        torch.testing.assert_close(block(query, key, value, plan), packed_attention(2 * query, key, value, plan) + 1)
         counts.append(len(graphs))
     assert 0 < counts[1] == counts[-1]
 
