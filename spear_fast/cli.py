@@ -97,18 +97,22 @@ def _train(args: argparse.Namespace) -> int:
         _dry_run(config, args.config)
         print(dump_config(config), end="")
         return 0
+    from spear_fast.dist import is_main_rank
     from spear_fast.log.progress import make_progress
     from spear_fast.trainer import Trainer
     from spear_fast.update.model import silence_progress_bars
 
     silence_progress_bars()
-    with make_progress(config.log.progress, config.steps, config.name) as progress:
+    shown = config.log.progress if is_main_rank() else "off"
+    with make_progress(shown, config.steps, config.name) as progress:
         trainer = Trainer(config, progress, resume=args.resume)
         try:
             _stop_on_sigterm(trainer)
             trainer.run()
         finally:
             trainer.close()
+    if not is_main_rank():
+        return EXIT_STOPPED if trainer.stop_requested else 0
     return _report(trainer)
 
 
@@ -132,17 +136,20 @@ def _report(trainer: Trainer) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from spear_fast.assemble import load_policy, make_collector, make_engine, make_tasks
+    from spear_fast.assemble import load_policy, make_collector, make_engine, make_tasks, plan_run, push_policy
+    from spear_fast.dist import stand_alone
     from spear_fast.evaluate import evaluate
     from spear_fast.update.model import silence_progress_bars
 
     silence_progress_bars()
     config, model = _eval_config(args.source, args.task, args.overrides)
     tasks = make_tasks(config)
+    ranks = stand_alone(config.device)
     policy = load_policy(model, config, tasks)
-    engine = make_engine(config, policy)
+    engine = make_engine(config, model, policy, ranks, plan_run(config, model, ranks))
     with closing(engine), closing(make_collector(config, tasks, policy, engine)) as collector:
-        stats, _ = evaluate(config, tasks, collector)
+        push_policy(config, policy, engine, version=0, verify=True)
+        stats, _ = evaluate(config, tasks, collector, ranks)
     print(f"{model} on {args.task}: success {_success_text(stats)}")
     for name, value in stats.items():
         print(f"  {name} {value:.4g}")

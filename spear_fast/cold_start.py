@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spear_fast.assemble import Policy, build_policy, load_policy
+from spear_fast.assemble import Policy, build_policy, load_policy, make_trainable
 from spear_fast.config.schema import RunConfig
+from spear_fast.dist import Ranks
 from spear_fast.envs.base import TaskSet
 from spear_fast.rollout.demos import demonstrate, demonstration_row
+from spear_fast.run_folder import RunFolder
 from spear_fast.seeds import derive_seed
 from spear_fast.types import Row
 from spear_fast.update.optimizer import OptimizerSettings
@@ -24,8 +27,17 @@ IMITATION = PolicyLossConfig(kind="reinforce", aggregation="token-mean")
 """With advantage 1 on the expert's tokens, REINFORCE is the negative log-likelihood."""
 
 
-def start_policy(config: RunConfig, tasks: TaskSet, progress: Progress) -> Policy:
-    """Return the policy before its first training step.
+def start_folder(config: RunConfig, folder: RunFolder) -> Path:
+    """The Hugging Face folder that training starts from, and that a resumed run takes the architecture from."""
+    if config.model.path is not None and not config.cold_start.steps:
+        return Path(config.model.path)
+    return folder.start_model
+
+
+def prepare_start(config: RunConfig, tasks: TaskSet, progress: Progress, ranks: Ranks, folder: Path) -> None:
+    """Write the policy before its first training step to `folder`: built or loaded, and cold-started.
+
+    All ranks take part; the main rank writes.
 
     Raises:
         ConfigError, TaskError: Model, tokenizer or demonstrations cannot be had.
@@ -37,6 +49,7 @@ def start_policy(config: RunConfig, tasks: TaskSet, progress: Progress) -> Polic
         demos = demonstrate(tasks, cold.num_demos, max_turns=config.rollout.max_turns, seed=config.seed)
     path = config.model.path
     policy = build_policy(config, tasks, demos) if path is None else load_policy(path, config, tasks)
+    make_trainable(policy, config, ranks)
     if demos:
         progress.phase("cold start")
         rows = [demonstration_row(messages, policy.chat, uid) for uid, messages in enumerate(demos)]
@@ -45,7 +58,7 @@ def start_policy(config: RunConfig, tasks: TaskSet, progress: Progress) -> Polic
             f"cold start: {cold.steps} steps on {len(rows)} demonstrations, "
             f"loss {stats['first']:.3f} -> {stats['last']:.3f} nats per token"
         )
-    return policy
+    policy.save(folder, ranks)
 
 
 def imitate(policy: Policy, rows: Sequence[Row], config: RunConfig) -> dict[str, float]:
@@ -63,6 +76,8 @@ def imitate(policy: Policy, rows: Sequence[Row], config: RunConfig) -> dict[str,
         settings,
         token_budget=config.update.token_budget,
         head_chunk_bytes=config.update.head_chunk_bytes,
+        reduce_gradients=config.parallel.reduce_gradients,
+        share_prompts=config.update.share_prompts,
     )
     losses = []
     batches = _batches(len(rows), cold.batch_size, derive_seed(config.seed, "cold_start"))

@@ -85,6 +85,16 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def is_main_rank() -> bool:
+    """Whether this process is the main one of its job, before it has joined the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def stand_alone(device: str) -> Ranks:
+    """Return the ranks of a command that runs in one process. Raises ConfigError if CUDA is asked for and absent."""
+    return Ranks(0, 1, _device(device))
+
+
 def start_ranks(device: str, parallel: ParallelConfig, *, shard: bool) -> Ranks:
     """Join the ranks that torchrun started, or stand alone.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from spear_fast.config.schema import RunConfig
 from spear_fast.data.prompts import eval_tasks
+from spear_fast.dist import Ranks
 from spear_fast.envs.base import TaskSet
-from spear_fast.rollout.collection import refuse_total_failure, rollout_stats
+from spear_fast.rollout.collection import merge, refuse_total_failure, rollout_stats
 from spear_fast.rollout.collector import Collector
 from spear_fast.statistics import wilson
 from spear_fast.types import Group
@@ -14,7 +15,9 @@ FIRST_UID = 1 << 40
 """Apart from the uids of training, whose paused trajectories may be in the engine meanwhile."""
 
 
-def evaluate(config: RunConfig, tasks: TaskSet, collector: Collector) -> tuple[dict[str, float], list[Group]]:
+def evaluate(
+    config: RunConfig, tasks: TaskSet, collector: Collector, ranks: Ranks
+) -> tuple[dict[str, float], list[Group]]:
     """Roll out the held-out tasks and count successes.
 
     The draws do not depend on the training step, so that evaluations of one run are paired. A trajectory that failed
@@ -29,9 +32,15 @@ def evaluate(config: RunConfig, tasks: TaskSet, collector: Collector) -> tuple[d
         EngineError: Every trajectory failed; the first error is quoted.
     """
     chosen = eval_tasks(tasks, config.eval.num_tasks, config.seed)
-    collection = collector.collect(
-        chosen, config.eval.samples, tag="eval", first_uid=FIRST_UID, temperature=config.eval.temperature
+    own = collector.collect(
+        chosen,
+        config.eval.samples,
+        tag="eval",
+        first_uid=FIRST_UID,
+        temperature=config.eval.temperature,
+        share=ranks.share(len(chosen)),
     )
+    collection = merge(ranks.gather(own))
     groups, stats = collection.groups, rollout_stats(collection)
     refuse_total_failure(groups)
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]

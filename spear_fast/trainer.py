@@ -4,43 +4,55 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from spear_fast import schedules
 from spear_fast.advantages.fill import fill
-from spear_fast.assemble import Policy, load_policy, make_collector, make_engine, make_tasks
+from spear_fast.assemble import (
+    load_policy,
+    make_collector,
+    make_engine,
+    make_tasks,
+    make_trainable,
+    plan_run,
+    push_policy,
+)
 from spear_fast.batching.rows import rows_from_groups
 from spear_fast.checkpoint.load import Checkpoint, load_latest
 from spear_fast.checkpoint.rng import capture_rng, restore_rng
 from spear_fast.checkpoint.save import save
-from spear_fast.cold_start import start_policy
+from spear_fast.checkpoint.tensors import load_tensors, save_tensors
+from spear_fast.cold_start import prepare_start, start_folder
 from spear_fast.config.schema import RunConfig
 from spear_fast.data.prompts import PromptStream
-from spear_fast.envs.base import TaskSet
+from spear_fast.dist import start_ranks
 from spear_fast.evaluate import evaluate
+from spear_fast.learner import load_reference, make_memory, make_policy_update, make_updater
 from spear_fast.log.metrics import StepMetrics
 from spear_fast.log.progress import Progress
 from spear_fast.log.samples import pick_samples, write_samples
 from spear_fast.log.sinks import open_sinks
 from spear_fast.losses.filters import keep_top_groups, mark_filtered
-from spear_fast.losses.terms import on_policy_terms, replay_terms
-from spear_fast.replay.memory import ReplayMemory
+from spear_fast.memory.readings import readings
 from spear_fast.rewards.combine import score
-from spear_fast.rollout.collection import refuse_total_failure, rollout_stats
-from spear_fast.run_folder import RunFolder, open_existing, open_new
+from spear_fast.rollout.collection import merge, refuse_total_failure, rollout_stats
+from spear_fast.run_folder import open_existing, open_new
 from spear_fast.seeds import derive_seed
-from spear_fast.sync.push import push_weights
 from spear_fast.types import Group, Row
 from spear_fast.update.old_logp import check_gap, correct_old_logp
-from spear_fast.update.optimizer import OptimizerSettings
-from spear_fast.update.policy_update import PolicyUpdate
-from spear_fast.update.scoring import Scorer, fill_ref_logp
-from spear_fast.update.step import Updater
+from spear_fast.update.scoring import fill_ref_logp
+from spear_fast.update.state import set_steps, training_tensors
 
 
 class Trainer:
-    """One run: owns the rooms' state (policy, optimizer, replay memory, cursor) and walks them step by step."""
+    """One run: owns the rooms' state (policy, optimizer, replay memory, cursor) and walks them step by step.
+
+    Under torchrun there is one per rank. All decide the same from the same trajectories; only rollouts, forward and
+    backward passes and the optimizer's state are spread over them, and only the main rank writes files.
+    """
 
     def __init__(self, config: RunConfig, progress: Progress, *, resume: bool = False) -> None:
         """
@@ -50,41 +62,57 @@ class Trainer:
             resume: Continue the run of this name from its newest checkpoint.
 
         Raises:
-            SpearError: The folder, task, model or checkpoint cannot be used.
+            SpearError: The folder, task, model, checkpoint or number of ranks cannot be used.
         """
         self.config = config
         self.progress = progress
         self.tasks = make_tasks(config)
-        checkpoint = None
-        if resume:
-            self.folder = open_existing(config)
-            checkpoint = load_latest(self.folder.path)
-            policy = load_policy(checkpoint.folder("model"), config, self.tasks)
-            self.folder.save_config(config)
-        else:
-            self.folder = open_new(config)
-            policy = start_policy(config, self.tasks, progress)
-            policy.save(self.folder.start_model)
+        self.ranks = start_ranks(config.device, config.parallel, shard=config.needs_sharding)
         self.finished_steps = 0
         """Training steps done; also the version of the policy's weights."""
         self.stop_requested = False
-        self._resumed = resume
-        self._assemble(policy)
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        first_step = self.finished_steps + 1 if resume else 0
-        self.sinks = open_sinks(self.folder.path, tensorboard=config.log.tensorboard, first_step=first_step)
+        self._resumed, self._pushed = resume, False
+        try:
+            checkpoint = self._open(resume)
+            self._assemble()
+            if checkpoint is not None:
+                self._restore(checkpoint)
+        except BaseException:
+            self.ranks.close()
+            raise
+        self.sinks = []
+        if self.ranks.is_main:
+            first_step = self.finished_steps + 1 if resume else 0
+            self.sinks = open_sinks(self.folder.path, tensorboard=config.log.tensorboard, first_step=first_step)
 
-    def _assemble(self, policy: Policy) -> None:
+    def _open(self, resume: bool) -> Checkpoint | None:
+        """Open the run's folder, and make the policy to start from or find the checkpoint to go on with."""
         config = self.config
-        self.policy = policy
-        self.engine = make_engine(config, policy)
-        self.collector = make_collector(config, self.tasks, policy, self.engine)
+        if resume:
+            self.folder = self.ranks.on_main(lambda: open_existing(config))
+            self.ranks.on_main(lambda: self.folder.save_config(config))
+            return load_latest(self.folder.path)
+        self.folder = self.ranks.on_main(lambda: open_new(config))
+        if start_folder(config, self.folder) == self.folder.start_model:
+            prepare_start(config, self.tasks, self.progress, self.ranks, self.folder.start_model)
+        return None
+
+    def _assemble(self) -> None:
+        config, ranks = self.config, self.ranks
+        start = start_folder(config, self.folder)
+        self.policy = load_policy(start, config, self.tasks)
+        self.plan = plan_run(config, start, ranks)
+        self.progress.note(f"memory plan: {self.plan.mode}, KV cache {self.plan.kv_cache_bytes / 2**20:.0f} MiB")
+        self.engine = make_engine(config, start, self.policy, ranks, self.plan)
+        make_trainable(self.policy, config, ranks)
+        self.collector = make_collector(config, self.tasks, self.policy, self.engine)
         self.prompts = PromptStream(self.tasks, config.seed)
         self.memory = make_memory(config, self.tasks) if config.algo.replay.enabled else None
-        self.updater = make_updater(config, policy, self.folder)
+        self.updater = make_updater(config, self.policy, self.folder)
         self.update = make_policy_update(config, self.updater)
-        self.reference = self._load_reference() if config.algo.loss.kl_coef > 0 else None
+        self.reference = None
+        if config.algo.loss.kl_coef > 0:
+            self.reference = load_reference(config, self.tasks, start, self.updater, ranks)
 
     def run(self) -> dict[str, float]:
         """Train until `config.steps` or until `stop_requested`, evaluating and saving on the way.
@@ -97,12 +125,16 @@ class Trainer:
         if not self._resumed:
             evaluation = self.evaluate()
             self.save()
-        while self.finished_steps < self.config.steps and not self.stop_requested:
+        stop = False
+        while self.finished_steps < self.config.steps and not stop:
             self.step()
+            # A signal reaches the ranks at different moments; they must stop after the same step.
+            stop = self.ranks.any(self.stop_requested)
             if self._is_due(self.config.eval.every):
                 evaluation = self.evaluate()
-            if self._is_due(self.config.checkpoint.every) or self.stop_requested:
+            if self._is_due(self.config.checkpoint.every) or stop:
                 self.save()
+        self.stop_requested = stop
         return evaluation
 
     def step(self) -> None:
@@ -119,45 +151,68 @@ class Trainer:
         all_taken = self._update(rows, replay, gamma * config.algo.replay.coef, step, metrics)
         self._offer(groups, rows if all_taken else [], metrics)
         self.finished_steps += 1
-        metrics.add(self._push())
+        with metrics.phase("sync"):
+            metrics.add(self._push())
         self._log(metrics, groups)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate on held-out tasks, log and return the statistics."""
         self.progress.phase("evaluation")
         started = time.perf_counter()
-        stats, groups = evaluate(self.config, self.tasks, self.collector)
+        stats, groups = evaluate(self.config, self.tasks, self.collector, self.ranks)
         stats["time/eval_s"] = time.perf_counter() - started
-        write_samples(self.folder.path / "eval", self.finished_steps, pick_samples(groups, self.config.log.num_samples))
+        self._write_samples(groups, self.folder.path / "eval")
         self._write(stats)
         return stats
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         self.progress.phase("checkpoint")
-        values: dict[str, Any] = {"finished_steps": self.finished_steps, "prompts": self.prompts.state_dict()}
+        values: dict[str, Any] = {
+            "finished_steps": self.finished_steps,
+            "optimizer_steps": self.updater.optimizer.num_steps,
+            "prompts": self.prompts.state_dict(),
+        }
         save(
             self.folder.path,
             self.finished_steps,
-            tensors={"optimizer": self.updater.optimizer.state_dict(), "rng": capture_rng()},
+            tensors={"rng": capture_rng()},
             arrays={"replay": self.memory.state_dict()} if self.memory else {},
             values={"trainer": values},
-            folders={"model": self.policy.save},
+            folders={
+                "model": lambda folder: self.policy.save(folder, self.ranks, getattr(torch, self.config.model.dtype)),
+                "training": lambda folder: save_tensors(folder, self._training_tensors(), self.ranks),
+            },
             keep=self.config.checkpoint.keep,
+            ranks=self.ranks,
         )
 
     def close(self) -> None:
         """Close files and free the engine; each is tried, also when another fails."""
         with ExitStack() as stack:
+            stack.callback(self.ranks.close)
             for close in (self.collector.close, self.engine.close, *(sink.close for sink in self.sinks)):
                 stack.callback(close)
+
+    def _push(self) -> dict[str, float]:
+        """Bring the trained weights into the engine, as the version of the steps finished."""
+        wanted = self.config.engine.verify_weights
+        verify = wanted == "always" or (wanted == "first" and not self._pushed)
+        self._pushed = True
+        return push_policy(self.config, self.policy, self.engine, self.finished_steps, verify=verify)
+
+    def _training_tensors(self) -> dict[str, Any]:
+        return training_tensors(self.policy.model.model, self.updater.optimizer)
 
     def _roll_out(self, tasks: list[Any], step: int, metrics: StepMetrics) -> list[Group]:
         """Collect the groups of this step; failed trajectories leave them here."""
         self.progress.phase("rollout")
         size = self.config.rollout.group_size
         with metrics.phase("rollout"):
-            collection = self.collector.collect(tasks, size, tag=f"train/{step}", first_uid=step * len(tasks) * size)
+            own = self.collector.collect(
+                tasks, size, tag=f"train/{step}", first_uid=step * len(tasks) * size, share=self.ranks.share(len(tasks))
+            )
+            collection = merge(self.ranks.gather(own))
         groups = collection.groups
         refuse_total_failure(groups)
         metrics.add(rollout_stats(collection))
@@ -218,93 +273,29 @@ class Trainer:
     def _log(self, metrics: StepMetrics, groups: list[Group]) -> None:
         log = self.config.log
         if log.sample_every and self.finished_steps % log.sample_every == 0:
-            write_samples(self.folder.path, self.finished_steps, pick_samples(groups, log.num_samples))
+            self._write_samples(groups, self.folder.path)
+        metrics.add(readings(self.ranks.device))
         self._write(metrics.values())
+
+    def _write_samples(self, groups: list[Group], folder: Path) -> None:
+        if self.ranks.is_main:
+            write_samples(folder, self.finished_steps, pick_samples(groups, self.config.log.num_samples))
 
     def _write(self, values: dict[str, float]) -> None:
         for sink in self.sinks:
             sink.write(self.finished_steps, values)
         self.progress.step(self.finished_steps, values)
 
-    def _push(self) -> dict[str, float]:
-        """Give the engine the policy's weights."""
-        model = self.policy.model.model
-        return push_weights(
-            model.named_parameters(),
-            self.engine,
-            self.finished_steps,
-            dtype=model.dtype,
-            bucket_bytes=self.config.engine.bucket_mib << 20,
-            verify=False,
-        )
-
     def _is_due(self, every: int) -> bool:
         last = self.finished_steps >= self.config.steps
         return last or (every > 0 and self.finished_steps % every == 0)
-
-    def _load_reference(self) -> Scorer:
-        """The policy that the KL term pulls to: the one before the first training step."""
-        policy = load_policy(self.folder.start_model, self.config, self.tasks)
-        policy.model.model.requires_grad_(False)
-        return replace(self.updater.scorer, policy=policy.model)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         values = checkpoint.values("trainer")
         self.finished_steps = int(values["finished_steps"])
         self.prompts.load_state_dict(values["prompts"])
-        self.updater.optimizer.load_state_dict(checkpoint.tensors("optimizer"))
+        load_tensors(checkpoint.folder("training"), self._training_tensors(), self.ranks)
+        set_steps(self.updater.optimizer, int(values["optimizer_steps"]))
         if self.memory is not None:
             self.memory.load_state_dict(checkpoint.arrays("replay"))
         restore_rng(checkpoint.tensors("rng"))
-
-
-def make_updater(config: RunConfig, policy: Policy, folder: RunFolder) -> Updater:
-    """Return the updater that the configuration describes."""
-    update = config.update
-    settings = OptimizerSettings(
-        lr=update.lr,
-        warmup_steps=update.warmup_steps,
-        betas=update.betas,
-        weight_decay=update.weight_decay,
-        grad_clip=update.grad_clip,
-    )
-    return Updater(
-        policy.model,
-        settings,
-        token_budget=update.token_budget,
-        temperature=config.rollout.temperature,
-        head_chunk_bytes=update.head_chunk_bytes,
-        dump_folder=folder.nonfinite,
-    )
-
-
-def make_memory(config: RunConfig, tasks: TaskSet) -> ReplayMemory:
-    """Return the replay memory that the configuration describes."""
-    replay = config.algo.replay
-    return ReplayMemory(
-        buffer_size=replay.buffer_size,
-        baseline_size=replay.baseline_size,
-        tolerate_steps=replay.tolerate_steps,
-        ripe_factor=replay.ripe_factor,
-        require_tool_call=replay.require_tool_call and bool(tasks.tools),
-        recalibrate=replay.recalibrate,
-        decay_weight=replay.decay_weight,
-        std_norm=config.algo.advantage.std_norm,
-    )
-
-
-def make_policy_update(config: RunConfig, updater: Updater) -> PolicyUpdate:
-    """Return the update that the configuration describes."""
-    replay = config.algo.replay
-    terms = on_policy_terms(**config.algo.loss.model_dump(exclude={"stats"}), max_tokens=config.rollout.max_tokens)
-    return PolicyUpdate(
-        updater=updater,
-        on_policy=terms,
-        replayed=replay_terms(
-            terms, cov_ratio=replay.cov_ratio, cov_lower=replay.cov_lower, cov_upper=replay.cov_upper
-        ),
-        stats=config.algo.loss.stats,
-        mode=replay.mode,
-        mini_batch_size=config.update.mini_batch_size,
-        epochs=config.update.epochs,
-    )

@@ -24,7 +24,7 @@ RANKS = {
     **dict.fromkeys(("advantages", "batching", "losses", "replay", "rewards"), 2),
     **dict.fromkeys(("checkpoint", "data", "envs", "log", "memory", "rollout", "sync", "update"), 3),
     **dict.fromkeys(("assemble", "planning", "run_folder"), 4),
-    **dict.fromkeys(("cold_start", "evaluate"), 5),
+    **dict.fromkeys(("cold_start", "evaluate", "learner"), 5),
     "trainer": 6,
     "cli": 7,
     "__main__": 8,
@@ -34,13 +34,7 @@ RANKS = {
 PURE = {part for part, rank in RANKS.items() if rank == 2}
 PURE_WITH_OPS = {"advantages", "losses", "replay"}
 """The pure parts whose maths is in spear_kernels."""
-SAME_RANK = (
-    ("rollout", "envs"),
-    ("rollout", "data"),
-    ("sync", "rollout.engine"),
-    ("sync", "update.model"),
-    ("update", "dist"),
-)
+SAME_RANK = (("rollout", "envs"), ("rollout", "data"), ("sync", "rollout.engine"), ("sync", "update.model"))
 """The only edges between parts of one rank above 0: importing part, imported module."""
 LOG_READERS = {"trainer", "cli"}
 """Rooms return their numbers; only these hand them to log/."""

@@ -396,6 +396,16 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @property
+    def engine_dtype(self) -> str:
+        """Type of the engine's weights."""
+        return self.model.dtype if self.engine.dtype == "auto" else self.engine.dtype
+
+    @property
+    def needs_sharding(self) -> bool:
+        """Whether even a single rank trains through FSDP2, which keeps float32 masters beside bfloat16 passes."""
+        return self.model.dtype == "bfloat16" or self.parallel.cpu_offload
+
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
         problems = [sentence for broken, sentence in self._conditions() if broken]
@@ -443,5 +453,10 @@ class RunConfig(Section):
             (
                 built and self.cold_start.steps == 0,
                 "a model built at random cannot act: set cold_start.steps to 1 or more, or model.path",
+            ),
+            (
+                built and self.model.lora.rank > 0,
+                f"model.lora.rank={self.model.lora.rank} trains adapters of a model that knows something, but without "
+                "model.path one is built at random; set model.path, or model.lora.rank=0",
             ),
         ]

@@ -175,15 +175,18 @@ def build_model(
     return model.eval()
 
 
-def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a Hugging Face causal model from a folder, on the CPU. Raises ConfigError if `path` does not hold one."""
+def load_model(path: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load a Hugging Face causal model from a folder, on the CPU, in `dtype` (None: that of its files).
+
+    Raises ConfigError if `path` does not hold one.
+    """
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(
             f"model.path={path!r} is not a folder with a config.json; give the folder of a Hugging Face "
             "causal model, or null to build a random one"
         )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(
             f"model.path={path!r} does not hold a causal model that transformers can load: {error}"

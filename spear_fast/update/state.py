@@ -10,21 +10,7 @@ from torch import nn
 if TYPE_CHECKING:
     from .optimizer import Optimizer
 
-WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-"""What activation checkpointing and torch.compile put into parameters' names."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by names that do not depend on how the model is wrapped."""
-    return {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the parts that wrappers add."""
-    for part in WRAPPERS:
-        name = name.replace(part, "")
-    return name
 
 
 def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -35,7 +21,9 @@ def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.
     """
     adamw = optimizer.torch_optimizer
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in trained_parameters(model).items():
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         state = adamw.state[parameter]
         if not state:
             # The count of steps is the optimizer's own number, put in by `Optimizer.set_steps`.

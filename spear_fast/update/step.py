@@ -78,12 +78,10 @@ class Updater:
         reduce_gradients: Literal["micro_batch", "step"] = "micro_batch",
         share_prompts: bool = False,
     ) -> None:
-        """Store how to step.
-
-        `token_budget` packed tokens per micro-batch, in which `share_prompts` computes each prompt once; `temperature`
-        of sampling; rows of a skipped step are written to `dump_folder`; `reduce_gradients` over ranks after each
-        micro-batch, or once, from whole ones that each rank keeps. The policy must be on its device, or sharded.
-        """
+        """`token_budget` packed tokens per micro-batch, in which `share_prompts` computes a prompt once for all rows
+        that begin with it; `temperature` of sampling; rows of a skipped step are written
+        to `dump_folder`; `reduce_gradients` over ranks after each micro-batch, or once, from whole ones that each rank
+        keeps. The policy must already be on its device, or sharded."""
         self.policy = policy
         self.optimizer = Optimizer(policy.model.parameters(), optimizer)
         self.scorer = Scorer(policy, token_budget, temperature, head_chunk_bytes, share_prompts)

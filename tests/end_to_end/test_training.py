@@ -46,7 +46,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def without_times(lines: list[dict]) -> list[dict]:
-    volatile = ("time", "rollout/tokens_per_s", "sync/gather_s", "sync/copy_s", "sync/verify_s", "sync/gib_per_s")
+    volatile = ("time", "rollout/tokens_per_s", "sync/", "memory/")
     return [{key: value for key, value in line.items() if not key.startswith(volatile)} for line in lines]
 
 
