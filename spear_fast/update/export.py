@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from .lora import is_adapter, merged_weight, plain_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def export_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

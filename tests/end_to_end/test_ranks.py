@@ -72,7 +72,8 @@ def assert_same_run(actual: list[dict], expected: list[dict]) -> None:
         for name in EXACT:
             assert one.get(name) == other.get(name), (one["step"], name)
         for name in CLOSE:
-            assert one.get(name) == pytest.approx(other.get(name), rel=2e-3, abs=2e-5), (one["step"], name)
+            assert (name in one) == (name in other), (one["step"], name)
+            assert one.get(name, 0) == pytest.approx(other.get(name, 0), rel=2e-3, abs=2e-5), (one["step"], name)
 
 
 def test_two_ranks_make_the_run_of_one_and_one_continues_it(tmp_path):
