@@ -55,8 +55,8 @@ class StepTime:
     A token's forward pass costs 2 N + 2 A L per block (causal attention: scores and values, half of the square), its
     backward pass twice that, or once where weights are frozen (LoRA) as their gradient is not needed; a sampled token
     costs the head 2 V H for each of its three products. Communication hides behind computation where FSDP2 overlaps
-    the two, so the longer of them counts. Time in tools and environments, and the tail of a rollout in which only the
-    longest trajectories still run, are not included.
+    the two, so the longer of them counts. A prompt that a group shares is counted for each trajectory. Time in tools
+    and environments, and the tail of a rollout in which only the longest trajectories still run, are not included.
     """
 
     shape: ModelShape
