@@ -149,6 +149,13 @@ def model_of(engine: Any) -> nn.Module:
     return engine.model_executor.driver_worker.model_runner.get_model()
 
 
+def release_memory() -> None:
+    """Give back what an engine that ended has held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of the policy's parameters by Hugging Face name, a tied head left out, as transformers would build it."""
     from transformers import AutoModelForCausalLM
@@ -278,12 +285,7 @@ def _keep_process_groups() -> None:
     """
     core: Any = importlib.import_module("vllm.v1.engine.core")
 
-    def release() -> None:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    core.cleanup_dist_env_and_memory = release
+    core.cleanup_dist_env_and_memory = release_memory
 
 
 @contextmanager

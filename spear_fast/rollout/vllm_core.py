@@ -226,6 +226,7 @@ class VllmCore:
         with kept_rng(self._device):
             self._llm.engine_core.shutdown()
             del self._llm, self._layout
+            vllm_compat.release_memory()
 
     def _reset_caches(self) -> None:
         """Forget keys and values of the old weights.

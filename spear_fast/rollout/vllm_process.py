@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import sys
@@ -53,7 +54,7 @@ class CoreProcess:
         device = torch.device(settings.device)
         child_settings = settings
         if device.type == "cuda":
-            child_settings = CoreSettings(**{**vars(settings), "device": "cuda:0"})
+            child_settings = dataclasses.replace(settings, device="cuda:0")
         self._process = context.Process(
             target=_serve, args=(theirs, child_settings, os.getpid()), name="vllm", daemon=True
         )
@@ -118,7 +119,10 @@ class CoreProcess:
         """Send the rest, free the bucket and return what is missing; see `CoreHost.finish_load`."""
         self._flush()
         self._call("open_bucket", None)
+        on_cuda = self._bucket is not None and self._bucket.device.type == "cuda"
         self._bucket = None
+        if on_cuda:
+            torch.cuda.ipc_collect()
         return self._call("finish_load")
 
     def weights_digest(self) -> dict[str, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from spear_fast.errors import ConfigError, EngineError
 from spear_fast.rollout.engine import Completion, GenerationRequest
 from spear_fast.rollout.vllm_engine import VllmEngine
 from spear_fast.rollout.vllm_factory import make_vllm_engine
+from spear_fast.rollout.vllm_isolation import LAUNCHER
+from spear_fast.rollout.vllm_process import CoreProcess
 from spear_fast.weights_digest import digest
 
 HEAD_ROWS = 70
@@ -188,11 +192,9 @@ def test_a_paused_request_keeps_its_tokens_and_goes_on_under_new_weights(engine)
             asyncio.ensure_future(engine.generate(GenerationRequest(uid, prompt, 150, 0.0, (), seed=uid)))
             for uid, prompt in enumerate(prompts)
         ]
-        while not any(opened.tokens for opened in engine._open):
-            await asyncio.sleep(0.02)
-            engine.pause()
-            kept = {opened.request.uid: (list(opened.tokens), list(opened.logps)) for opened in engine._open}
-            engine.resume()
+        while not any(len(opened.tokens) >= 10 for opened in engine._open):
+            await asyncio.sleep(0)
+            engine._core.interrupt()  # brings what was sampled so far
         engine.pause()
         kept = {opened.request.uid: (list(opened.tokens), list(opened.logps)) for opened in engine._open}
         late = asyncio.ensure_future(engine.generate(request(9, prompts[0], 5, 0.0)))
@@ -218,7 +220,6 @@ def test_a_paused_request_keeps_its_tokens_and_goes_on_under_new_weights(engine)
 
 
 def test_draws_after_a_pause_do_not_repeat_those_before(engine):
-    """A peaked repetition would follow if the generator of a request started again with the same seed."""
     model = make_model()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -226,22 +227,18 @@ def test_draws_after_a_pause_do_not_repeat_those_before(engine):
     push(engine, model)
 
     async def run():
-        running = asyncio.ensure_future(engine.generate(GenerationRequest(0, [7], 120, 1.0, (), seed=1)))
-        counts = []
-        while len(counts) < 2:
-            await asyncio.sleep(0.005)
-            engine.pause()
-            counts += [len(opened.tokens) for opened in engine._open if opened.tokens][:1]
-            engine.resume()
-            if running.done():
-                break
-        return counts, (await running).tokens
+        running = asyncio.ensure_future(engine.generate(GenerationRequest(0, [7], 180, 1.0, (), seed=1)))
+        while not any(len(opened.tokens) >= 10 for opened in engine._open):
+            await asyncio.sleep(0)
+            engine._core.interrupt()  # brings what was sampled so far
+        engine.pause()
+        count = sum(len(opened.tokens) for opened in engine._open)
+        engine.resume()
+        return count, (await running).tokens
 
-    counts, tokens = asyncio.run(run())
-    assert counts and len(tokens) == 120
-    for count in counts:
-        after = tokens[count : count + 8]
-        assert len(after) < 8 or after != tokens[:8]
+    count, tokens = asyncio.run(run())
+    assert 10 <= count < 170 and len(set(tokens[:10])) > 3
+    assert tokens[count : count + 10] != tokens[:10]
 
 
 def test_weights_cannot_change_under_running_requests(engine):
@@ -356,6 +353,39 @@ def test_the_random_state_of_the_trainer_is_untouched(engine):
     engine.sleep()
     engine.wake()
     assert states() == before
+
+
+def test_an_engine_that_dies_fails_its_requests_and_comes_back_with_the_next_weights(engine, monkeypatch):
+    push(engine, make_model(0), 1)
+    dead = engine._core
+
+    async def run():
+        running = [
+            asyncio.ensure_future(engine.generate(GenerationRequest(uid, [7, 8], 180, 1.0, (), uid)))
+            for uid in range(4)
+        ]
+        while not engine._running:
+            await asyncio.sleep(0.001)
+        if isinstance(dead, CoreProcess):
+            os.kill(dead.pid, signal.SIGKILL)
+        else:
+            monkeypatch.setattr(dead._core._llm, "step", lambda: 1 // 0)
+        return await asyncio.gather(*running, return_exceptions=True)
+
+    reason = "exit code -9" if isinstance(dead, CoreProcess) else "ZeroDivisionError"
+    assert all(isinstance(each, EngineError) and reason in str(each) for each in asyncio.run(run()))
+    assert not engine.alive
+    with pytest.raises(EngineError, match="load_weights starts a new one"):
+        generate(engine, [request(1, [7])])
+    for name in LAUNCHER:  # as torchrun sets them
+        monkeypatch.setenv(name, "7")
+    model = push(engine, make_model(1), 2)
+    assert engine.alive and engine._core is not dead and os.environ["RANK"] == "7"
+    (completion,) = generate(engine, [request(1, prompt_of(1), temperature=0.0)])
+    assert completion.tokens == greedy(model, prompt_of(1), 12) and completion.version == 2
+    if isinstance(engine._core, CoreProcess):
+        environment = Path(f"/proc/{engine._core.pid}/environ").read_text().split("\0")
+        assert not {f"{name}=7" for name in LAUNCHER} & set(environment)
 
 
 @pytest.mark.parametrize("tied, dtype", [(False, torch.float32), (True, torch.bfloat16)])

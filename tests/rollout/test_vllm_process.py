@@ -1,10 +1,8 @@
-"""vLLM beside other processes: an engine's process that dies or outlives its parent, and ranks with one engine each."""
+"""vLLM beside other processes: its process that cannot start or is left alone, and ranks with one engine each."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,10 +13,8 @@ import torch
 import torch.distributed as dist
 
 from spear_fast.errors import ConfigError, EngineError
-from spear_fast.rollout.engine import GenerationRequest
 from spear_fast.rollout.vllm_bucket import Bucket, open_bucket, view
 from spear_fast.rollout.vllm_compat import CoreSettings
-from spear_fast.rollout.vllm_isolation import LAUNCHER
 from spear_fast.rollout.vllm_process import CoreProcess
 from tests.rollout.test_vllm_engine import generate, greedy, make_model, prompt_of, push, request, start
 
@@ -35,43 +31,6 @@ def process_ends(pid: int, within_s: float = 20.0) -> bool:
             return True
         time.sleep(0.1)
     return False
-
-
-def test_an_engine_that_is_killed_fails_its_requests_and_comes_back_with_the_next_weights(tmp_path, monkeypatch):
-    for name in LAUNCHER:
-        monkeypatch.setenv(name, "7")
-    engine = start(tmp_path, make_model(), "process")
-    try:
-        assert not {f"{name}=7" for name in LAUNCHER} & set(
-            Path(f"/proc/{engine._core.pid}/environ").read_text().split("\0")
-        )
-        assert os.environ["RANK"] == "7"
-        push(engine, make_model(0), 1)
-        first = engine._core.pid
-
-        async def run():
-            running = [
-                asyncio.ensure_future(engine.generate(GenerationRequest(uid, [7, 8], 180, 1.0, (), uid)))
-                for uid in range(4)
-            ]
-            while not engine._running:
-                await asyncio.sleep(0.01)
-            os.kill(first, signal.SIGKILL)
-            return await asyncio.gather(*running, return_exceptions=True)
-
-        results = asyncio.run(run())
-        assert all(isinstance(result, EngineError) and "exit code -9" in str(result) for result in results)
-        assert not engine.alive
-        with pytest.raises(EngineError, match="load_weights starts a new one"):
-            generate(engine, [request(1, [7])])
-        model = push(engine, make_model(1), 2)
-        assert engine.alive and engine._core.pid != first
-        (completion,) = generate(engine, [request(1, prompt_of(1), temperature=0.0)])
-        assert completion.tokens == greedy(model, prompt_of(1), 12) and completion.version == 2
-        second = engine._core.pid
-    finally:
-        engine.close()
-    assert process_ends(second)
 
 
 def test_a_process_that_cannot_start_says_why(tmp_path):
