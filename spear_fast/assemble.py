@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -29,6 +29,9 @@ from spear_fast.update.attention import choose_attention
 from spear_fast.update.liger import use_liger
 from spear_fast.update.model import PackedModel, build_model, load_model, probe_isolation
 from spear_fast.update.sharding import shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SLEEP_LEVELS: dict[str, Literal[0, 1, 2]] = {"resident": 0, "sleep1": 1, "sleep2": 2, "offload": 2}
 """How deep vLLM sleeps while the policy is trained, by mode of the memory plan."""
@@ -75,7 +78,7 @@ def load_policy(path: str | Path, config: RunConfig, tasks: TaskSet) -> Policy:
         )
     ends = model.generation_config.eos_token_id if model.generation_config else None
     chat = Chat(load_tokenizer(path), _schemas(tasks), [ends] if isinstance(ends, int) else ends or [])
-    return Policy(PackedModel(model), chat)
+    return _policy(model, chat)
 
 
 def build_policy(config: RunConfig, tasks: TaskSet, demos: list[Messages]) -> Policy:
@@ -91,7 +94,7 @@ def build_policy(config: RunConfig, tasks: TaskSet, demos: list[Messages]) -> Po
         seed=derive_seed(config.seed, "model"),
         dtype=torch.float32,
     )
-    return Policy(PackedModel(model), chat)
+    return _policy(model, chat)
 
 
 def make_trainable(policy: Policy, config: RunConfig, ranks: Ranks) -> None:
@@ -140,6 +143,7 @@ def make_engine(config: RunConfig, folder: Path, policy: Policy, ranks: Ranks, p
             load_model(str(folder), dtype).to(ranks.device),  # type: ignore[arg-type]
             max_slots=rollout.max_concurrent,
             max_model_tokens=rollout.max_tokens,
+            vocab_size=policy.model.vocab_size,
             deterministic=rollout.deterministic,
         )
     from spear_fast.rollout.vllm_factory import make_vllm_engine
@@ -186,6 +190,7 @@ def make_collector(config: RunConfig, tasks: TaskSet, policy: Policy, engine: En
         tool_timeout_s=rollout.tool_timeout_s,
         tool_retries=rollout.tool_retries,
         tool_timeouts_s=rollout.tool_timeouts_s,
+        tool_concurrency=rollout.tool_concurrency,
         env_timeout_s=rollout.env_timeout_s,
         max_observation_chars=rollout.max_observation_chars,
     )
@@ -201,6 +206,13 @@ def make_collector(config: RunConfig, tasks: TaskSet, policy: Policy, engine: En
         oversample=rollout.oversample,
         max_stale_steps=rollout.max_stale_steps,
     )
+
+
+def _policy(model: PreTrainedModel, chat: Chat) -> Policy:
+    packed = PackedModel(model)
+    if chat.vocab_size < packed.head[0].shape[0]:
+        packed.vocab_size = chat.vocab_size
+    return Policy(packed, chat)
 
 
 def _schemas(tasks: TaskSet) -> list[dict[str, object]]:

@@ -143,6 +143,8 @@ class RolloutConfig(Section):
     """The same for single tools, by name."""
     tool_retries: NonNegative = 0
     """Repeats of an async tool's call that timed out, before the trajectory ends as tool_timeout."""
+    tool_concurrency: dict[str, Positive] = Field(default={})
+    """Calls of single tools that run at once on one rank, by name; without, sync tools share 64 threads."""
     env_timeout_s: PositiveFloat = 60.0
     """Longest reset or step of an environment, in seconds."""
     max_observation_chars: Annotated[int, Field(ge=2)] = 4096

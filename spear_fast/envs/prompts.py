@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +16,12 @@ from spear_fast.errors import ConfigError, TaskError
 
 from .base import Info, StepResult, Tool
 from .prompt_rows import PromptRow, read_rows
-from .reward_functions import RewardFunction, call_arguments, load_reward, missing_columns
+from .reward_functions import BUILT_IN, RewardFunction, call_arguments, load_reward, missing_columns
 from .splits import check_index, check_split, unit_hash
+from .threads import Threads
+
+REWARD_THREADS = 16
+"""Calls of a sync reward function that run at once. More would only compete for the interpreter."""
 
 
 class PromptParams(Section):
@@ -29,7 +34,8 @@ class PromptParams(Section):
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Without eval_file: share of train_file that is held out, chosen by a hash of the prompt."""
     reward: str = "exact_match"
-    """"exact_match", "numeric_match", "package.module:function" or "path/to/file.py:function"."""
+    """"exact_match", "numeric_match", "package.module:function" or "path/to/file.py:function". A function of yours
+    runs in threads, several calls at once; one that needs the main thread (signals) must be async."""
     success_reward: float = 1.0
     """Reward from which on a prompt counts as solved."""
     system_prompt: str = ""
@@ -65,10 +71,7 @@ class PromptEnv:
         return self._row.text, info
 
     async def step(self, text: str) -> StepResult:
-        """Grade the completion `text` and end the episode. Raises TaskError if the reward function fails.
-
-        A function that is not async runs in the event loop: make slow ones async.
-        """
+        """Grade the completion `text` and end the episode. Raises TaskError if the reward function fails."""
         if self._row is None:
             raise TaskError("step was called before reset; reset the environment first")
         reward = await self._grade(self._row, text)
@@ -79,12 +82,9 @@ class PromptEnv:
         """Nothing is held."""
 
     async def _grade(self, row: PromptRow, text: str) -> float:
-        function, name = self._tasks.reward, self._tasks.params.reward
+        name = self._tasks.params.reward
         try:
-            result = function(text, **call_arguments(function, row.columns))
-            if inspect.isawaitable(result):
-                result = await result
-            reward = float(result)
+            reward = float(await self._tasks.call_reward(text, row))
         except Exception as error:
             raise TaskError(f"reward {name!r} failed on {row.place}: {error!r}") from error
         if not math.isfinite(reward):
@@ -103,6 +103,7 @@ class PromptTasks:
         self.system_prompt = params.system_prompt
         self.tools: Sequence[Tool] = ()
         self.reward: RewardFunction = load_reward(params.reward)
+        self._threads = Threads(REWARD_THREADS)
         self._rows = _split_rows(params)
         for row in (*self._rows["train"], *self._rows["eval"]):
             _check_columns(row, self.reward, params.reward)
@@ -120,6 +121,21 @@ class PromptTasks:
         """Return a prompt, in the order of the file. Raises TaskError if there is none."""
         check_index(self.name, split, index, self._sizes)
         return self._rows[split][index]
+
+    async def call_reward(self, text: str, row: PromptRow) -> Any:
+        """Return the reward of a completion, whatever the user's function takes for one.
+
+        A sync function of the user runs in a thread, so that slow ones hold up neither the engine nor each other.
+        """
+        call = partial(self.reward, text, **call_arguments(self.reward, row.columns))
+        if inspect.iscoroutinefunction(self.reward) or self.params.reward in BUILT_IN:
+            result = call()
+        else:
+            result, error = await self._threads.run(call)
+            if error is not None:
+                # What is no Exception, SystemExit say, would end the run.
+                raise error if isinstance(error, Exception) else TaskError(repr(error))
+        return await result if inspect.isawaitable(result) else result
 
     @property
     def _sizes(self) -> dict[str, int]:

@@ -22,6 +22,8 @@ class Collection:
     """Policy version, in training steps, that the engine had."""
     num_paused: int = 0
     """Groups that wait for the next step."""
+    threads_left: int = 0
+    """Threads of tools and rewards that still run although they timed out."""
 
 
 def merge(parts: Sequence[Collection]) -> Collection:
@@ -36,6 +38,7 @@ def merge(parts: Sequence[Collection]) -> Collection:
         seconds=max(part.seconds for part in parts),
         version=max(part.version for part in parts),
         num_paused=sum(part.num_paused for part in parts),
+        threads_left=sum(part.threads_left for part in parts),
     )
 
 
@@ -53,6 +56,7 @@ def rollout_stats(collection: Collection) -> dict[str, float]:
         "rollout/tokens_per_s": sampled / max(collection.seconds, 1e-9),
         "rollout/version_lag_mean": sum(lags) / max(1, len(lags)),
         "rollout/paused_groups": float(collection.num_paused),
+        "rollout/threads_left": float(collection.threads_left),
     }
     return stats | {f"rollout/status_{status.value}_frac": statuses[status] / count for status in Status}
 

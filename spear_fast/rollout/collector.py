@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from spear_fast.envs.base import TaskSet
+from spear_fast.envs.threads import threads_left
 from spear_fast.rollout.collection import Collection
 from spear_fast.rollout.engine import Engine
 from spear_fast.rollout.episode import Chat, Episode, EpisodeLimits, Sampler
@@ -38,6 +39,7 @@ class Collector:
         self._limits = limits
         self._max_concurrent = max_concurrent
         self._seed = seed
+        self._tool_runner = limits.tool_runner()
         self._runner = asyncio.Runner()
 
     def collect(
@@ -70,7 +72,7 @@ class Collector:
         )
         started = time.perf_counter()
         self._run(self._run_all(episodes))
-        return Collection(groups, time.perf_counter() - started, self._engine.weights_version)
+        return self._collection(groups, started)
 
     def wanted(self, prompts_per_step: int) -> int:
         """Return how many tasks the next step starts over all ranks, given how many groups it needs."""
@@ -129,8 +131,13 @@ class Collector:
                 trajectory = Trajectory(group.task, group.group_id, sample, first_uid + place, version=0)
                 group.trajectories.append(trajectory)
                 seed = derive_seed(self._seed, tag, place)
-                episodes.append(Episode(trajectory, self._tasks, sampler, self._chat, limits, seed))
+                episodes.append(Episode(trajectory, self._tasks, sampler, self._chat, limits, seed, self._tool_runner))
         return groups, episodes
+
+    def _collection(self, groups: list[Group], started: float, num_paused: int = 0) -> Collection:
+        return Collection(
+            groups, time.perf_counter() - started, self._engine.weights_version, num_paused, threads_left()
+        )
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run the event loop until `work` is done, with the engine awake."""

@@ -11,7 +11,8 @@ from spear_fast.envs.base import Environment, Info, TaskSet
 from spear_fast.errors import EngineError, TaskError
 from spear_fast.rollout.engine import Completion, GenerationRequest
 from spear_fast.rollout.timeouts import within
-from spear_fast.rollout.tool_calls import ToolTimeoutError, parse_tool_calls, run_tool
+from spear_fast.rollout.tool_calls import parse_tool_calls
+from spear_fast.rollout.tool_runner import ToolRunner, ToolTimeoutError
 from spear_fast.seeds import derive_seed
 from spear_fast.types import Status, Trajectory, Turn
 
@@ -59,13 +60,30 @@ class EpisodeLimits:
     env_timeout_s: float
     max_observation_chars: int
     tool_timeouts_s: Mapping[str, float] = field(default_factory=dict)
+    tool_concurrency: Mapping[str, int] = field(default_factory=dict)
+
+    def tool_runner(self) -> ToolRunner:
+        """Return what runs the tool calls of all trajectories that are under these limits."""
+        return ToolRunner(
+            timeout_s=self.tool_timeout_s,
+            retries=self.tool_retries,
+            timeouts_s=self.tool_timeouts_s,
+            concurrency=self.tool_concurrency,
+        )
 
 
 class Episode:
     """Runs one trajectory to its end. Whatever fails becomes the trajectory's status, never an exception."""
 
     def __init__(
-        self, trajectory: Trajectory, tasks: TaskSet, engine: Sampler, chat: Chat, limits: EpisodeLimits, seed: int
+        self,
+        trajectory: Trajectory,
+        tasks: TaskSet,
+        engine: Sampler,
+        chat: Chat,
+        limits: EpisodeLimits,
+        seed: int,
+        tools: ToolRunner | None = None,
     ) -> None:
         """
         Args:
@@ -75,6 +93,7 @@ class Episode:
             chat: Renders and decodes them.
             limits: Limits of turns, tokens and time.
             seed: Of this trajectory's draws; turn k samples with `derive_seed(seed, k)`.
+            tools: Runs the tool calls, those of other trajectories as well; None makes one for this trajectory.
         """
         self.trajectory = trajectory
         self._tasks = tasks
@@ -82,6 +101,7 @@ class Episode:
         self._chat = chat
         self._limits = limits
         self._seed = seed
+        self._tools = tools or limits.tool_runner()
         self._anchor: str | None = None
 
     async def run(self) -> Trajectory:
@@ -176,15 +196,13 @@ class Episode:
         return is_last
 
     async def _call_tools(self, text: str, tools: Sequence[Tool]) -> list[dict[str, Any]]:
-        results = []
-        for call in parse_tool_calls(text):
-            timeout_s = self._limits.tool_timeouts_s.get(call.name, self._limits.tool_timeout_s)
-            result = await run_tool(call, tools, timeout_s=timeout_s, retries=self._limits.tool_retries)
+        replies = []
+        for result in await self._tools.run(parse_tool_calls(text), tools):
             self.trajectory.num_tool_calls += 1
             self.trajectory.num_valid_tool_calls += result.valid
             self.trajectory.turns[-1].action_valid &= result.valid
-            results.append({"role": "tool", "content": self._shortened(result.text)})
-        return results
+            replies.append({"role": "tool", "content": self._shortened(result.text)})
+        return replies
 
     def _score(self, reward: float, terminated: bool, info: Info) -> None:
         trajectory = self.trajectory

@@ -115,12 +115,7 @@ class PartialCollector(Collector):
         finished = [held for held in self._held if not held.unfinished][:num_groups]
         self._held = [held for held in self._held if held not in finished]
         num_paused = sum(held.unfinished > 0 for held in self._held)
-        return Collection(
-            [held.group for held in finished],
-            time.perf_counter() - started,
-            self._engine.weights_version,
-            num_paused,
-        )
+        return self._collection([held.group for held in finished], started, num_paused)
 
     async def _run_step(self, groups: list[Group], episodes: deque[Episode], step: int, num_groups: int) -> None:
         for group in groups:

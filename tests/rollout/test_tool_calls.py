@@ -5,16 +5,25 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
-from spear_fast.rollout.tool_calls import ToolResult, ToolTimeoutError, parse_tool_calls, run_tool
+from spear_fast.envs.base import Tool
+from spear_fast.rollout.tool_calls import ToolCall, parse_tool_calls
+from spear_fast.rollout.tool_runner import ToolResult, ToolRunner, ToolTimeoutError
 from tests.toys import ToolEnv
 
 
 def run(text: str, timeout_s: float = 5.0, retries: int = 0) -> ToolResult:
     (call,) = parse_tool_calls(text)
     return asyncio.run(run_tool(call, ToolEnv.tools, timeout_s=timeout_s, retries=retries))
+
+
+async def run_tool(call: ToolCall, tools: Sequence[Tool], timeout_s: float, retries: int) -> ToolResult:
+    runner = ToolRunner(timeout_s=timeout_s, retries=retries, timeouts_s={}, concurrency={})
+    (result,) = await runner.run([call], tools)
+    return result
 
 
 def call(name: str, arguments: str = "{}") -> str:
