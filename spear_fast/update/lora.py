@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,11 +12,14 @@ from torch.distributed.tensor import DTensor
 
 from spear_fast.errors import ConfigError, MissingDependencyError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ADAPTER = "default"
 """peft's name of the only set of adapters."""
 
 
-def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
     """Put adapters of this rank into the linear layers called `targets` and freeze all other weights, in place.
 
     They add alpha / rank * B A to a weight, and nothing at first, since B starts at 0. `seed` draws A; the global
@@ -24,18 +27,22 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: Sequence
 
     Raises:
         MissingDependencyError: peft is not installed.
-        ConfigError: The model has no linear layer of some name.
+        ConfigError: The model has no linear layer of some name beside its head, or `targets` is empty.
     """
     if find_spec("peft") is None:
         raise MissingDependencyError("peft", "lora", f"model.lora.rank={rank}")
     from peft import LoraConfig, inject_adapter_in_model
 
-    there = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        name.rpartition(".")[2]: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    # The head is one weight with the embedding where they are tied, and the loss reads it as a plain tensor.
+    there = {name for name, module in linear.items() if module is not model.get_output_embeddings()}
     missing = [target for target in targets if target not in there]
     if missing or not targets:
         raise ConfigError(
-            f"model.lora.targets={list(targets)}: {type(model).__name__} has no linear layer called {missing}; choose "
-            f"from {sorted(there)}"
+            f"model.lora.targets={list(targets)}: {type(model).__name__} has no linear layer called {missing}; "
+            f"choose from {sorted(there)}"
         )
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none")  # pyright: ignore[reportArgumentType]
     with torch.random.fork_rng():
