@@ -24,8 +24,7 @@ class EngineNeeds:
     @property
     def dtype(self) -> str:
         """Type of weights and cache."""
-        chosen = self.config.engine.dtype
-        return self.config.model.dtype if chosen == "auto" else chosen
+        return self.config.engine_dtype
 
     def weights(self) -> int:
         """A whole copy; adapters are merged into it."""

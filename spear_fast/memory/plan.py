@@ -10,7 +10,7 @@ from spear_fast.errors import ConfigError
 
 from .engine import EngineNeeds
 from .remedies import remedies
-from .shapes import DTYPE_BYTES, ModelShape
+from .shapes import ModelShape
 from .training import Items, Training
 
 GIB = 1 << 30
@@ -166,7 +166,7 @@ class _Planner:
         on_device = 0 if self.config.parallel.cpu_offload else 1
         # With "offload" weights and moments leave together once the engine has the weights, and come back together.
         in_rollout = 0 if mode == "offload" else on_device
-        reference = self.shape.num_parameters * DTYPE_BYTES[self.config.model.dtype]
+        reference = on_device * training.reference_weights()
         always = {"reference policy": reference if self.config.algo.loss.kl_coef > 0 else 0}
         awake = {"engine weights": engine.weights(), "engine workspace": engine.workspace()}
         asleep = {"engine weights": engine.asleep()}

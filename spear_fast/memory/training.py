@@ -40,8 +40,7 @@ class Training:
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 wraps the policy."""
-        parallel = self.config.parallel
-        return self.num_ranks > 1 or self.config.model.dtype != "float32" or parallel.cpu_offload
+        return self.num_ranks > 1 or self.config.needs_sharding
 
     @property
     def itemsize(self) -> int:
@@ -62,6 +61,10 @@ class Training:
     def master_weights(self) -> int:
         """Float32 weights of a rank, frozen ones too."""
         return MASTER_BYTES * (self.shape.num_parameters + self.adapter_parameters) // self.num_shards
+
+    def reference_weights(self) -> int:
+        """Frozen float32 weights of the policy that a KL term pulls to, spread like those that are trained."""
+        return MASTER_BYTES * self.shape.num_parameters // self.num_shards
 
     def optimizer_state(self) -> int:
         """AdamW's moments of a rank."""

@@ -158,7 +158,7 @@ def test_settings_move_the_bytes_they_are_about() -> None:
     assert halves["master weights"] == 2 * plain["master weights"]
     kept = plan("parallel.reshard_after_forward=false").phases["update"]["gathered weights"]
     assert kept == 2 * QWEN_7B.num_parameters
-    assert plan("algo.loss.kl_coef=0.1").phases["update"]["reference policy"] == 2 * QWEN_7B.num_parameters
+    assert plan("algo.loss.kl_coef=0.1").phases["update"]["reference policy"] == plain["master weights"]
     alone = plan("model.dtype=float32", ranks=1).phases["update"]
     assert alone["gathered weights"] == alone["gradients being reduced"] == 0
 
