@@ -62,7 +62,7 @@ class Engine(Protocol):
         ...
 
     def abort(self) -> None:
-        """Give up every request; each raises EngineError. The engine can be used again."""
+        """Give up every request, paused ones too; each raises EngineError. The engine can be used again, unpaused."""
         ...
 
     def pause(self) -> None:

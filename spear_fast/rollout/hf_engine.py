@@ -58,13 +58,20 @@ class HFEngine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, max_slots: int, max_model_tokens: int, deterministic: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        max_slots: int,
+        max_model_tokens: int,
+        vocab_size: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         """
         Args:
             model: A transformers causal model of the engine's own; it is never trained.
             max_slots: Requests that run at once.
             max_model_tokens: Longest prompt plus completion, in tokens.
+            vocab_size: Token ids from it on are never sampled; None allows all that the head has.
             deterministic: Advance only when every participant waits for the engine.
 
         Raises:
@@ -81,6 +88,7 @@ class HFEngine:
         self._head = head
         self._parameters = dict(model.named_parameters())
         self._device = next(iter(self._parameters.values())).device
+        self._vocab_size = vocab_size
         self._deterministic = deterministic
         self._cache = SlotCache(max_slots, max_model_tokens)
         self._unanswered: set[_Running] = set()
@@ -120,6 +128,7 @@ class HFEngine:
         if self._task is not None:
             self._task.cancel()
             self._task = None
+        self._paused = False
         self._give_up(EngineError("the request was aborted"))
 
     def pause(self) -> None:
@@ -280,7 +289,7 @@ class HFEngine:
         ).last_hidden_state
         last = torch.tensor([len(tokens) - 1 for tokens, _ in fresh], device=self._device)
         rows = torch.arange(len(fresh), device=self._device)
-        return self._head(hidden[rows, last])
+        return self._head(hidden[rows, last])[:, : self._vocab_size]
 
     def _emit(self, first: int, logits: Tensor) -> None:
         """Sample one token for each slot from `first` on and retire the requests that ended."""

@@ -38,7 +38,8 @@ class ScriptedEngine:
         return nullcontext()
 
     def abort(self) -> None:
-        """Nothing to give up: replies are immediate."""
+        """Answer again; requests that wait are answered too."""
+        self._go.set()
 
     def pause(self) -> None:
         """Let later requests wait; earlier ones are answered already."""

@@ -109,6 +109,7 @@ class VllmEngine:
         if self._task is not None:
             self._task.cancel()
             self._task = None
+        self._paused = False
         self._give_up(EngineError("the request was aborted"))
 
     def pause(self) -> None:

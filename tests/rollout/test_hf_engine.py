@@ -211,6 +211,7 @@ def test_abort_answers_everyone_and_leaves_the_engine_usable():
         running = [asyncio.ensure_future(engine.generate(request(uid, prompt_of(uid)))) for uid in range(5)]
         for _ in range(3):
             await asyncio.sleep(0)
+        engine.pause()  # which ends with the requests
         engine.abort()
         return await asyncio.gather(*running, return_exceptions=True)
 

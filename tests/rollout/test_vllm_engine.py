@@ -303,6 +303,7 @@ def test_abort_and_cancel_leave_the_engine_usable(engine):
         await asyncio.sleep(0.05)
         running[0].cancel()
         await asyncio.sleep(0.01)
+        engine.pause()  # which ends with the requests
         engine.abort()
         return await asyncio.gather(*running, return_exceptions=True)
 
