@@ -135,7 +135,7 @@ def build_engine(settings: CoreSettings, local_rank: int) -> Any:
         raise EngineError(f"this vLLM lacks the engine arguments {sorted(_NEEDED - known)}; install {NEWEST} or older")
     wanted = {**_arguments(settings), "distributed_executor_backend": _executor_on(local_rank)}
     args = EngineArgs(**{name: value for name, value in wanted.items() if name in known})
-    with _replaceable_weights(torch.device(settings.device).type == "cpu"):
+    with _architectures_read_here(), _replaceable_weights(torch.device(settings.device).type == "cpu"):
         engine = LLMEngine.from_engine_args(args, enable_multiprocessing=False)
     packed = [name for name, parameter in model_of(engine).named_parameters() if parameter.numel() == 0]
     if packed:
@@ -286,6 +286,21 @@ def _keep_process_groups() -> None:
     core: Any = importlib.import_module("vllm.v1.engine.core")
 
     core.cleanup_dist_env_and_memory = release_memory
+
+
+@contextmanager
+def _architectures_read_here() -> Iterator[None]:
+    """Spare the process in which vLLM imports itself again to look at an architecture that it has not cached.
+
+    It does so to keep CUDA unused in a process that will fork; this one does not.
+    """
+    registry: Any = importlib.import_module("vllm.model_executor.models.registry")
+    away = getattr(registry, "_run_in_subprocess", None)
+    registry._run_in_subprocess = lambda look: look()
+    try:
+        yield
+    finally:
+        registry._run_in_subprocess = away
 
 
 @contextmanager
