@@ -11,8 +11,8 @@ _PERIOD = 1 << 20
 """Words after which the keys repeat, times another factor. Keys and words in work take 24 MiB."""
 _CPU_BLOCK = 1 << 15
 """Words worked on at once on the CPU, so that what is between two operations stays in its cache."""
-_FACTORS, _TAILS = 1 << 62, 1 << 61
-"""Where the factors and the keys of incomplete words begin in the sequence whose beginning is the keys."""
+_FACTORS = 1 << 62
+"""Where the factors begin in the sequence whose beginning is the keys; the one before is for an incomplete word."""
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -67,7 +67,7 @@ def _weighted_sum(tensor: Tensor) -> Tensor:
             words = body[first : min(first + block, start + _PERIOD)]
             total += _folded(words).mul_(keys[first - start : first - start + len(words)]).sum() * factor
     if tail is not None:
-        total += _folded(tail)[0] * _signed(_mix(_TAILS + len(body)) | 1)
+        total += _folded(tail)[0] * _signed(_mix(_FACTORS - 1) | 1)
     return total
 
 

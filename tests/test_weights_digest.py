@@ -54,6 +54,20 @@ def test_words_that_fold_to_complements_differ() -> None:
     assert digest(torch.tensor([5])) != digest(torch.tensor([~5]))
 
 
+def test_swapped_words_differ_even_where_their_keys_are_alike() -> None:
+    """Keys that agree in 17 low bits, and words that differ in bit 47 alone: their products agree modulo 2^64."""
+    seen: dict[int, int] = {}
+    for index, key in enumerate(weights_digest._keys(torch.device("cpu"))[:5000].tolist()):
+        other = seen.setdefault(key & 0x1FFFF, index)
+        if other != index:
+            break
+    else:
+        pytest.fail("no two keys are alike")
+    words = torch.zeros(2, 5000, dtype=torch.int64)
+    words[0, index] = words[1, other] = 1 << 47
+    assert digest(words[0]) != digest(words[1])
+
+
 def test_bits_count_and_not_values() -> None:
     zeros = torch.tensor([0.0, -0.0, 1.0])
     assert digest(zeros) != digest(zeros.abs())

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 _ALIGN = 64
 """Elements to which places in the buffers are rounded up, so that collectives and copies move whole cache lines."""
@@ -109,8 +109,7 @@ def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     placements = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
     if all(placement == Replicate() or size == 1 for placement, size in placements):
         return tensor.to_local()
-    if any(isinstance(placement, Partial) for placement in tensor.placements):
-        return tensor.full_tensor().to(dtype)  # summands must not be rounded
+    # Summands are added up before they are cast: DTensor sees to that.
     return cast("DTensor", tensor.to(dtype)).full_tensor()
 
 

@@ -88,10 +88,11 @@ class Calls:
 def other_layouts(mesh: DeviceMesh) -> dict[str, Any]:
     """Tensors that FSDP2 does not make: cut elsewhere, replicated, summands, empty; and one that is plain."""
     whole = torch.arange(40.0).view(8, 5)
+    summand = whole + (1 + dist.get_rank()) / 3
     tensors = {
         "columns": distribute_tensor(whole, mesh, [Shard(1)]),
         "replicated": distribute_tensor(whole + 1, mesh, [Replicate()]),
-        "summands": DTensor.from_local(whole + 1 / 3, mesh, [Partial()]),
+        "summands": DTensor.from_local(summand, mesh, [Partial()]),
         "empty": distribute_tensor(torch.empty(4, 0), mesh, [Shard(0)]),
         "plain": whole + 2,
     }
@@ -157,7 +158,7 @@ def test_buckets_keep_to_their_bound_and_large_parameters_go_alone(ranks: list[d
     for results in ranks:
         names = results["bfloat16"]["names"]
         assert [bucket for bucket in names if sum(map(size.__getitem__, bucket)) > BOUND] == [["big.weight"]]
-        assert max(map(len, names)) > 2
+        assert len(names) <= 5  # of nine parameters
         assert results["calls"] == len(names)
         assert len(results["float32"]["names"]) == 1
 
@@ -179,7 +180,9 @@ def test_other_layouts_become_whole_too(ranks: list[dict[str, Any]]) -> None:
         values = results["other"]["values"]
         assert torch.equal(values["columns"], whole.bfloat16())
         assert torch.equal(values["replicated"], whole + 1)
-        assert torch.equal(values["summands"], (len(ranks) * (whole + 1 / 3)).bfloat16())
+        total = sum(whole + (1 + rank) / 3 for rank in range(len(ranks)))
+        half_an_ulp = torch.finfo(torch.bfloat16).eps / 2 * (1 + 1e-4)
+        assert ((values["summands"] - total).abs() <= half_an_ulp * total).all()
         assert values["empty"].shape == (4, 0)
         assert torch.equal(values["plain"], whole + 2)
 
