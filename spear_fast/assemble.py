@@ -111,7 +111,7 @@ def spread(policy: Policy, config: RunConfig, ranks: Ranks) -> None:
     dtype = getattr(torch, config.model.dtype)
     use_liger(policy.model.model, config.model.liger, ranks.device)
     if ranks.mesh is None:
-        policy.model.model.to(ranks.device)
+        policy.model.model.to(ranks.device)  # type: ignore[arg-type]
     model = policy.model.model.config.get_text_config()
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     policy.model.attention = choose_attention(config.model.attention, ranks.device, dtype, head_dim)

@@ -55,6 +55,8 @@ class Chat:
         if tokenizer.eos_token_id is None:
             raise TaskError("the tokenizer has no eos_token, so a message could never end; set one and save it")
         self.tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        """Tokens that mean something; a model may have more rows, as padding, which must never be sampled."""
         self._tools: list[Any] | None = list(tools) or None
         self._special = [token for token in tokenizer.all_special_tokens if len(token) > 1]
         eos = int(str(tokenizer.eos_token_id))

@@ -72,6 +72,8 @@ class PackedModel:
         """The ranks that the weights are spread over, None while they are whole."""
         self.rests_on_cpu = False
         """Whether master weights and optimizer live on the CPU and come to the device for each pass."""
+        self.vocab_size: int | None = None
+        """Leading columns of the head that can be sampled, where the tokenizer has fewer tokens than the head rows."""
         self.attention: Backend = "sdpa"
         """What computes packed attention, as `choose_attention` returns it; change it before any plan is made."""
         self._decoder: nn.Module = decoder

@@ -102,6 +102,7 @@ class Scorer:
                 planned.batch.targets,
                 self.temperature,
                 bias=bias,
+                vocab_size=self.policy.vocab_size,
                 chunk_bytes=self.head_chunk_bytes,
             ).logp
 

@@ -169,6 +169,7 @@ class Updater:
                 self.scorer.temperature,
                 seed,
                 bias=bias,
+                vocab_size=self.policy.vocab_size,
                 ref_logp=batch.ref_logp,
                 row_weight=batch.weight,
                 positions=batch.positions,
