@@ -104,7 +104,7 @@ def test_a_timeout_ends_the_calls_beside_it():
         """Wait.
 
         Args:
-            name: "short" or "long".
+            name: Of the call.
         """
         try:
             await asyncio.sleep(30)
@@ -112,9 +112,22 @@ def test_a_timeout_ends_the_calls_beside_it():
             ended.append(name)
         return name
 
-    with pytest.raises(ToolTimeoutError, match="'wait'"):
-        asyncio.run(runner(tool_timeout_s=0.02).run(calls("wait:a wait:b"), [wait]))
-    assert sorted(ended) == ["a", "b"]
+    async def brief(name: str) -> str:
+        """Wait as well.
+
+        Args:
+            name: Of the call.
+        """
+        return await wait(name)
+
+    async def main() -> None:
+        with pytest.raises(ToolTimeoutError, match="'brief'"):
+            await runner(tool_timeouts_s={"brief": 0.02}).run(calls("brief:a wait:b"), [brief, wait])
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert sorted(ended) == ["a", "b"]
+
+    asyncio.run(main())
 
 
 def test_sync_tools_of_different_trajectories_run_beside_each_other():
