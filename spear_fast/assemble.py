@@ -154,7 +154,7 @@ def make_engine(config: RunConfig, folder: Path, policy: Policy, ranks: Ranks, p
         dtype=config.engine_dtype,
         max_model_tokens=rollout.max_tokens,
         max_concurrent=rollout.max_concurrent,
-        vocab_size=policy.chat.vocab_size,
+        vocab_size=policy.model.vocab_size or policy.model.head[0].shape[0],
         kv_cache_bytes=plan.kv_cache_bytes,
         max_batched_tokens=engine.max_batched_tokens,
         enforce_eager=engine.enforce_eager,
