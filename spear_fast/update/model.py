@@ -295,13 +295,6 @@ def _attention_forward(
     return packed_attention(query, key, value, attention_plan, scaling, sliding_window)[None], None
 
 
-def keep_attention_eager() -> None:
-    """Leave packed attention out of what torch.compile captures, from now on.
-
-    Its plan differs in every micro-batch, and graphs that know the plan would be compiled anew for each.
-    """
-    AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention_forward))
-
-
-AttentionInterface.register(ATTENTION, _attention_forward)
+# Compiled blocks leave their graph here, at the outermost call of attention, which makes the fewest pieces of them.
+AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention_forward))
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from spear_fast.errors import ConfigError
 
-from .model import keep_attention_eager
-
 if TYPE_CHECKING:
     from spear_fast.config.machine import ParallelConfig
     from spear_fast.dist import Ranks
@@ -42,8 +40,6 @@ def shard(
     weights; each keeps its part, so leave the model on the CPU. Adapters come before, the optimizer after.
     """
     blocks = decoder_blocks(policy.model)
-    if compile_blocks:
-        keep_attention_eager()
     for block in blocks:
         if compile_blocks:
             block.forward = torch.compile(block.forward, dynamic=True)

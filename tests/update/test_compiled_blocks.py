@@ -11,8 +11,6 @@ from spear_fast.batching import collate
 from spear_fast.config.machine import ParallelConfig
 from spear_fast.dist import Ranks
 from spear_fast.errors import ConfigError
-from spear_fast.update import model as model_module
-from spear_fast.update.model import ATTENTION
 from spear_fast.update.sharding import decoder_blocks, shard
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -43,7 +41,6 @@ def test_blocks_are_compiled_once_and_compute_the_same(new_policy, new_rows, mon
             torch.testing.assert_close(compiled.model.get_parameter(name).grad, parameter.grad, atol=1e-4, rtol=1e-3)
     finally:
         torch._dynamo.reset()
-        model_module.AttentionInterface.register(ATTENTION, model_module._attention_forward)
 
 
 def test_a_model_without_named_blocks_is_refused(policy):
