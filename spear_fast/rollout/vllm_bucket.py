@@ -38,9 +38,12 @@ class Bucket:
 
     def __init__(self, size: int, device: torch.device) -> None:
         """Allocate `size` bytes on `device`."""
-        self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
         if device.type == "cpu":
-            self._buffer.share_memory_()
+            # Shared from the start, because `share_memory_` would copy.
+            storage = torch.UntypedStorage._new_shared(size)
+            self._buffer = torch.empty(0, dtype=torch.uint8).set_(storage)
+        else:
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self._entries: list[Entry] = []
 
     @property

@@ -126,7 +126,9 @@ class VllmCore:
                     raise
                 except Exception as error:
                     raise EngineError(f"vLLM did not start: {type(error).__name__}: {error}") from error
-            self._layout = WeightLayout.of(vllm_compat.model_of(self._llm), vllm_compat.parameter_shapes(self._llm))
+            model = vllm_compat.model_of(self._llm)
+            self._layout = WeightLayout.of(model, vllm_compat.parameter_shapes(self._llm))
+            self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
 
     def advance(self, adds: Sequence[CoreRequest], interrupted: Callable[[], bool]) -> list[Progress]:
         """Add requests and step until one finishes or `interrupted()`; return all that was sampled.

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -46,7 +46,6 @@ class CoreProcess:
         Raises:
             SpearError: The engine does not start; the message is the child's.
         """
-        self._bucket_bytes = bucket_bytes
         self._bucket: Bucket | None = None
         self._sending = threading.Lock()
         context = multiprocessing.get_context("spawn")
@@ -66,7 +65,8 @@ class CoreProcess:
         try:
             if not self._pipe.poll(startup_timeout_s):
                 raise EngineError(f"the vllm process did not start within {startup_timeout_s:.0f} s")
-            self._answer()
+            # A small model needs no large bucket; what the alignment of its parameters adds does not matter.
+            self._bucket_bytes = min(bucket_bytes, self._answer())
         except BaseException:
             self._process.kill()
             self.close()
@@ -190,6 +190,7 @@ class _Child:
         self._pipe = pipe
         self._core = VllmCore(settings)
         self._buffer: Tensor | None = None
+        self.weight_bytes = self._core.weight_bytes
         for method in ("abort", "begin_load", "finish_load", "weights_digest", "sleep", "wake"):
             setattr(self, method, getattr(self._core, method))
 
@@ -221,7 +222,7 @@ def _serve(pipe: Connection, settings: CoreSettings, parent: int) -> None:
     That takes seconds after vLLM, and the parent waits for it to have the memory of the device back.
     """
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    child = _attempt(pipe, lambda: _Child(pipe, settings), quiet=True)
+    child = _attempt(pipe, lambda: _Child(pipe, settings), tell=lambda child: child.weight_bytes)
     while child is not None:
         try:
             message = pipe.recv()
@@ -237,11 +238,11 @@ def _serve(pipe: Connection, settings: CoreSettings, parent: int) -> None:
     os._exit(0)
 
 
-def _attempt(pipe: Connection, work: Any, quiet: bool = False) -> Any:
-    """Do the work and send the result, or with `quiet` only that it succeeded, or the error; return the result."""
+def _attempt(pipe: Connection, work: Callable[[], Any], tell: Callable[[Any], Any] = lambda result: result) -> Any:
+    """Do the work and send what `tell` makes of the result, or the error; return the result."""
     try:
         result = work()
-        pipe.send(("done", None if quiet else result))
+        pipe.send(("done", tell(result)))
         return result
     except SpearError as error:
         _send_quietly(pipe, ("refused", (type(error).__name__, str(error))))
