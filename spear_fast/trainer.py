@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,10 @@ from spear_fast.log.sinks import open_sinks
 from spear_fast.losses.filters import keep_top_groups, mark_filtered
 from spear_fast.memory.readings import readings
 from spear_fast.rewards.combine import score
-from spear_fast.rollout.collection import merge, refuse_total_failure, rollout_stats
+from spear_fast.rollout.collection import Collection, merge, refuse_total_failure, rollout_stats
 from spear_fast.run_folder import open_existing, open_new
 from spear_fast.seeds import derive_seed
-from spear_fast.types import Group, Row
+from spear_fast.types import Group, Row, Task
 from spear_fast.update.old_logp import check_gap, correct_old_logp
 from spear_fast.update.scoring import fill_ref_logp
 from spear_fast.update.state import set_steps, training_tensors
@@ -70,6 +71,9 @@ class Trainer:
         self.ranks = start_ranks(config.device, config.parallel, shard=config.needs_sharding)
         self.finished_steps = 0
         """Training steps done; also the version of the policy's weights."""
+        self.started_groups = 0
+        """Groups started so far, which number the trajectories."""
+        self._unfinished: list[Task] = []
         self.stop_requested = False
         self._resumed, self._pushed = resume, False
         try:
@@ -141,8 +145,7 @@ class Trainer:
         """One training step."""
         config, step = self.config, self.finished_steps
         metrics = StepMetrics(step + 1)
-        tasks = self.prompts.next(config.rollout.prompts_per_step)
-        groups = self._roll_out(tasks, step, metrics)
+        groups = self._roll_out(step, metrics)
         mu = schedules.intrinsic_weight(config.algo.intrinsic.mode, step, config.algo.intrinsic.decay_steps)
         gamma = schedules.cosine_warmup(step, config.algo.replay.warmup_steps)
         metrics.add({"schedule/mu": mu, "schedule/gamma": gamma if self.memory else 0.0})
@@ -168,10 +171,13 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
         self.progress.phase("checkpoint")
+        pending = self.ranks.gather(self.collector.pending_tasks())
         values: dict[str, Any] = {
             "finished_steps": self.finished_steps,
             "optimizer_steps": self.updater.optimizer.num_steps,
             "prompts": self.prompts.state_dict(),
+            "started_groups": self.started_groups,
+            "unfinished": [asdict(task) for part in pending for task in part] + [*map(asdict, self._unfinished)],
         }
         save(
             self.folder.path,
@@ -204,15 +210,11 @@ class Trainer:
     def _training_tensors(self) -> dict[str, Any]:
         return training_tensors(self.policy.model.model, self.updater.optimizer)
 
-    def _roll_out(self, tasks: list[Any], step: int, metrics: StepMetrics) -> list[Group]:
+    def _roll_out(self, step: int, metrics: StepMetrics) -> list[Group]:
         """Collect the groups of this step; failed trajectories leave them here."""
         self.progress.phase("rollout")
-        size = self.config.rollout.group_size
         with metrics.phase("rollout"):
-            own = self.collector.collect(
-                tasks, size, tag=f"train/{step}", first_uid=step * len(tasks) * size, share=self.ranks.share(len(tasks))
-            )
-            collection = merge(self.ranks.gather(own))
+            collection = self._collect(self._next_tasks(), step)
         groups = collection.groups
         refuse_total_failure(groups)
         metrics.add(rollout_stats(collection))
@@ -222,6 +224,32 @@ class Trainer:
         for group in groups:
             group.trajectories = [trajectory for trajectory in group.trajectories if trajectory.status.usable]
         return [group for group in groups if group.trajectories]
+
+    def _next_tasks(self) -> list[Task]:
+        """The tasks to start in this step: first those that a resumed run had started and not finished."""
+        count = self.collector.wanted(self.config.rollout.prompts_per_step)
+        again, self._unfinished = self._unfinished[:count], self._unfinished[count:]
+        return again + self.prompts.next(count - len(again))
+
+    def _collect(self, tasks: list[Task], step: int) -> Collection:
+        """Roll out a step on all ranks. If an engine died, it is started anew and the rollout repeated, once."""
+        rollout = self.config.rollout
+        first_uid = self.started_groups * rollout.group_size
+        self.started_groups += len(tasks)
+        for attempt in ("first", "last"):
+            own = self.collector.collect_step(
+                tasks,
+                rollout.group_size,
+                step=step,
+                num_groups=len(self.ranks.share(rollout.prompts_per_step)),
+                first_uid=first_uid,
+                share=self.ranks.share(len(tasks)),
+            )
+            if attempt == "last" or rollout.mode == "partial" or not self.ranks.any(not self.engine.alive):
+                break
+            self.progress.note("an engine died; it is started anew and the rollout repeated")
+            self._push()
+        return merge(self.ranks.gather(own))
 
     def _rows(self, groups: list[Group], mu: float, metrics: StepMetrics) -> list[Row]:
         """Rewards, advantages and filters, in this order: what is filtered still counts in its group's mean."""
@@ -251,11 +279,15 @@ class Trainer:
         self.progress.phase("update")
         with metrics.phase("update"):
             mode = "recompute" if update.recompute_old_logp else "sampler"
-            gap = correct_old_logp(rows, self.updater.score, mode=mode, tis_clip=update.tis_clip)
+            # Only rollouts that are paused and resumed mix policy versions.
+            version = step if self.config.rollout.mode == "partial" else None
+            score = self.updater.score
+            gap = correct_old_logp(rows, score, mode=mode, tis_clip=update.tis_clip, version=version)
             self._check_gap(gap)
             if self.reference is not None:
                 fill_ref_logp(rows, self.reference)
-            stats = self.update.run(rows, replay, replay_weight, derive_seed(self.config.seed, "update", step))
+            seed = derive_seed(self.config.seed, "update", step)
+            stats = self.update.run(rows, replay, replay_weight, seed, version)
         stats |= gap
         metrics.add(stats)
         self._check_gap(stats)
@@ -294,6 +326,8 @@ class Trainer:
         values = checkpoint.values("trainer")
         self.finished_steps = int(values["finished_steps"])
         self.prompts.load_state_dict(values["prompts"])
+        self.started_groups = int(values["started_groups"])
+        self._unfinished = [Task(**task) for task in values["unfinished"]]
         load_tensors(checkpoint.folder("training"), self._training_tensors(), self.ranks)
         set_steps(self.updater.optimizer, int(values["optimizer_steps"]))
         if self.memory is not None:

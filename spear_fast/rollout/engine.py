@@ -52,6 +52,11 @@ class Engine(Protocol):
     max_model_tokens: int
     """Longest prompt plus completion, in tokens."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can serve; a dead one fails every request, and its next `load_weights` starts it anew."""
+        ...
+
     async def generate(self, request: GenerationRequest) -> Completion:
         """Sample one completion. Raises EngineError if the request cannot be served."""
         ...
@@ -76,7 +81,8 @@ class Engine(Protocol):
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Copy new weights in, drop every cache computed with the old ones, and take the new version.
 
-        `named` are all parameters under their Hugging Face names, a tied head left out. Weights that sleep are woken.
+        `named` are all parameters under their Hugging Face names, a tied head left out; a tensor is valid until the
+        next is asked for. Weights that sleep are woken.
         Raises EngineError while requests run; paused ones are fine.
         """
         ...

@@ -78,6 +78,7 @@ class HFEngine:
             EngineError: The model has no head.
         """
         self.weights_version = 0
+        self.alive = True
         self.max_model_tokens = max_model_tokens
         self._model = model.eval()
         self._model.requires_grad_(False)

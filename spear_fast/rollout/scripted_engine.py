@@ -21,6 +21,7 @@ class ScriptedEngine:
 
     def __init__(self, reply: Callable[[GenerationRequest], Sequence[int]], max_model_tokens: int = 1 << 20) -> None:
         self.weights_version = 0
+        self.alive = True
         self.max_model_tokens = max_model_tokens
         self._reply = reply
         self._go = asyncio.Event()

@@ -17,23 +17,28 @@ def correct_old_logp(
     *,
     mode: Literal["sampler", "recompute"],
     tis_clip: float | None = None,
+    version: int | None = None,
 ) -> dict[str, float]:
     """Prepare `old_logp` and `weight` of fresh rows before the first update; return the gap to the sampler in nats.
 
     "sampler" leaves the rows alone and returns nothing: the first optimizer step measures the gap for free, as its
     metric `logp_gap_nats`. "recompute" puts the trainer's log-probs in their place and, with `tis_clip`, sets
     weight = min(exp(trainer - sampler), tis_clip), truncated importance sampling, which corrects for the tokens having
-    been drawn by the sampler.
+    been drawn by the sampler. With `version`, the policy's, the gap is that of rows sampled by it alone; without such
+    rows nothing is returned.
     """
     if mode == "sampler" or not rows:
         return {}
     gaps = []
     for row, logp in zip(rows, score(rows), strict=True):
         gap = np.where(row.action_mask, logp - row.old_logp, 0.0).astype(np.float32)
-        gaps.append(gap[row.action_mask])
+        if version is None or row.version >= version:
+            gaps.append(gap[row.action_mask])
         row.old_logp = logp
         if tis_clip is not None:
             row.weight = np.exp(np.minimum(gap, np.log(tis_clip))).astype(np.float32)
+    if not gaps:
+        return {}
     gap = np.abs(np.concatenate(gaps), dtype=np.float64)
     return {
         "update/logp_gap_nats": float(gap.mean()) if gap.size else 0.0,

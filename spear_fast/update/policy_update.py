@@ -34,7 +34,14 @@ class PolicyUpdate:
     """Trajectories per optimizer step; None takes all."""
     epochs: int
 
-    def run(self, rows: Sequence[Row], replay: Sequence[Row], replay_weight: float, seed: int) -> Stats:
+    def run(
+        self,
+        rows: Sequence[Row],
+        replay: Sequence[Row],
+        replay_weight: float,
+        seed: int,
+        version: int | None = None,
+    ) -> Stats:
         """Take all optimizer steps of a training step.
 
         Args:
@@ -42,12 +49,13 @@ class PolicyUpdate:
             replay: Replayed rows with their recalibrated advantages; may be empty.
             replay_weight: gamma(step) * coef.
             seed: Of shuffles and draws.
+            version: The policy's, where some rows come from older ones; see `LossGroup.version`.
 
         Returns:
             Means over the optimizer steps; `update/logp_gap_nats` is of the first one alone, where the weights are
             still those that sampled the rows.
         """
-        steps = self._steps(rows, replay, replay_weight, seed)
+        steps = self._steps(rows, replay, replay_weight, seed, version)
         results = [
             self.updater.optimizer_step(groups, seed=derive_seed(seed, "draw", index))
             for index, groups in enumerate(steps)
@@ -55,12 +63,12 @@ class PolicyUpdate:
         return _merged(results) | {"update/optimizer_steps": float(len(results))}
 
     def _steps(
-        self, rows: Sequence[Row], replay: Sequence[Row], replay_weight: float, seed: int
+        self, rows: Sequence[Row], replay: Sequence[Row], replay_weight: float, seed: int, version: int | None
     ) -> list[list[LossGroup]]:
         steps: list[list[LossGroup]] = []
         for epoch in range(self.epochs):
             for index in split(len(rows), self.mini_batch_size, derive_seed(seed, "split", epoch)):
-                steps.append([LossGroup([rows[i] for i in index], self.on_policy, stats=self.stats)])
+                steps.append([LossGroup([rows[i] for i in index], self.on_policy, stats=self.stats, version=version)])
         if not replay or replay_weight == 0.0:
             return steps
         if self.mode == "joint" and steps:

@@ -19,7 +19,7 @@ from spear_kernels import PolicyLossConfig, covariance_metrics, covariance_selec
 from .dump import dump_rows
 from .metrics import gather, join, read
 from .optimizer import Optimizer, OptimizerSettings
-from .scoring import PlannedBatch, Scorer
+from .scoring import PlannedBatch, Scorer, fresh_gap
 from .sharding import set_reduction
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ class LossGroup:
     """Where covariance statistics and draws are made; "microbatch" makes them depend on the packing."""
     prefix: str = "update"
     """First part of its metrics' names."""
+    version: int | None = None
+    """Where rows of several policy versions meet, the present one: the gap to the sampler, `logp_gap_nats`, is then
+    that of rows sampled by it alone, and missing if there are none."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,11 @@ class Updater:
             for index, part in zip(plan.indices, parts, strict=True):
                 trail.append(([plan.group.rows[i] for i in index], part["loss"]))
         metrics["update/grad_norm"] = self.optimizer.clip_gradients()
-        values = {**read(metrics), "update/lr": self.optimizer.lr, "update/micro_batches": float(len(trail))}
+        values = {
+            **_gap_of_fresh(read(metrics)),
+            "update/lr": self.optimizer.lr,
+            "update/micro_batches": float(len(trail)),
+        }
         losses_finite = all(math.isfinite(values[f"{group.prefix}/loss"]) for group in groups)
         skip = not (losses_finite and math.isfinite(values["update/grad_norm"]))
         if skip:
@@ -142,16 +149,16 @@ class Updater:
             if not part.index:
                 self.policy.run(part, _nothing).backward()
                 continue
-            loss, metrics = self._loss(part, group.cfg, counts, selected, seed)
+            loss, metrics = self._loss(part, group, counts, selected, seed)
             (group.coef * loss).backward()
             # The rest of a result, log-probs and graph, would stay on the device until the step ends.
             results.append(metrics)
         return results, covariance
 
     def _loss(
-        self, part: PlannedBatch, cfg: PolicyLossConfig, counts: Counts, selected: torch.Tensor | None, seed: int
+        self, part: PlannedBatch, group: LossGroup, counts: Counts, selected: torch.Tensor | None, seed: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The micro-batch's share of a loss with these denominators, and its metrics."""
+        """The micro-batch's share of the group's loss with these denominators, and its metrics."""
         batch = part.batch
 
         def loss(
@@ -164,7 +171,7 @@ class Updater:
                 batch.old_logp,
                 batch.advantages,
                 None,
-                cfg,
+                group.cfg,
                 batch.seq_ids,
                 self.scorer.temperature,
                 seed,
@@ -178,7 +185,8 @@ class Updater:
                 num_seqs=counts.num_seqs,
                 chunk_bytes=self.scorer.head_chunk_bytes,
             )
-            return result.loss, result.metrics
+            gap = {} if group.version is None else fresh_gap(result.logp, batch, group.version)
+            return result.loss, result.metrics | gap
 
         return self.policy.run(part, loss)
 
@@ -219,6 +227,18 @@ class Updater:
         offending = [row for rows, loss in trail if not loss.isfinite() for row in rows]
         rows = offending or [row for rows, _ in trail for row in rows]
         dump_rows(rows, self.dump_folder / f"skipped_after_step_{self.optimizer.num_steps:06d}.npz")
+
+
+def _gap_of_fresh(values: dict[str, float]) -> dict[str, float]:
+    """Let `<prefix>/logp_gap_nats` be that of the rows sampled by the present weights, where it was asked for."""
+    for name in [name for name in values if name.endswith("/fresh_fraction")]:
+        prefix, share = name.removesuffix("fresh_fraction"), values.pop(name)
+        gap = values.pop(f"{prefix}fresh_gap")
+        values[f"{prefix}fresh_frac"] = share
+        del values[f"{prefix}logp_gap_nats"]
+        if share:
+            values[f"{prefix}logp_gap_nats"] = gap / share
+    return values
 
 
 def _nothing(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
