@@ -104,9 +104,9 @@ def gap(model, prompt: list[int], completion: Completion, temperature: float = 1
 
 
 @torch.no_grad()
-def greedy(model, prompt: list[int], count: int) -> list[int]:
+def greedy(model, prompt: list[int], count: int, stop: int | None = STOP) -> list[int]:
     tokens = list(prompt)
-    while len(tokens) < len(prompt) + count and tokens[-1] != STOP:
+    while len(tokens) < len(prompt) + count and tokens[-1] != stop:
         tokens.append(int(model(torch.tensor([tokens])).logits[0, -1, :VOCAB].argmax()))
     return tokens[len(prompt) :]
 
@@ -213,8 +213,8 @@ def test_a_paused_request_keeps_its_tokens_and_goes_on_under_new_weights(engine)
         tokens, logps = kept[uid]
         count = len(tokens)
         assert completion.tokens[:count] == tokens and completion.logps[:count] == logps
-        assert tokens == greedy(old, prompts[uid], 150)[:count]
-        assert completion.tokens[count:] == greedy(new, prompts[uid] + tokens, 150 - count)
+        assert tokens == greedy(old, prompts[uid], count, stop=None)
+        assert completion.tokens[count:] == greedy(new, prompts[uid] + tokens, 150 - count, stop=None)
         assert len(completion.tokens) == len(completion.logps) == 150 and completion.finish == "length"
         assert completion.version == (7 if tokens else 8)
 
