@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ from spear_fast.log.progress import Progress
 from spear_fast.log.samples import pick_samples, write_samples
 from spear_fast.log.sinks import open_sinks
 from spear_fast.losses.filters import keep_top_groups, mark_filtered
-from spear_fast.memory.readings import readings
+from spear_fast.memory.readings import readings, reset_peaks
 from spear_fast.rewards.combine import score
 from spear_fast.rollout.collection import Collection, merge, refuse_total_failure, rollout_stats
 from spear_fast.run_folder import open_existing, open_new
 from spear_fast.seeds import derive_seed
 from spear_fast.types import Group, Row, Task
+from spear_fast.update.offload import offload, onload
 from spear_fast.update.old_logp import check_gap, correct_old_logp
 from spear_fast.update.scoring import fill_ref_logp
 from spear_fast.update.state import set_steps, training_tensors
@@ -106,7 +108,7 @@ class Trainer:
         start = start_folder(config, self.folder)
         self.policy = load_policy(start, config, self.tasks)
         self.plan = plan_run(config, start, ranks)
-        self.progress.note(f"memory plan: {self.plan.mode}, KV cache {self.plan.kv_cache_bytes / 2**20:.0f} MiB")
+        self.progress.table("memory plan", self.plan.as_rows())
         self.engine = make_engine(config, start, self.policy, ranks, self.plan)
         make_trainable(self.policy, config, ranks)
         self.collector = make_collector(config, self.tasks, self.policy, self.engine)
@@ -145,6 +147,7 @@ class Trainer:
         """One training step."""
         config, step = self.config, self.finished_steps
         metrics = StepMetrics(step + 1)
+        reset_peaks(self.ranks.device)
         groups = self._roll_out(step, metrics)
         mu = schedules.intrinsic_weight(config.algo.intrinsic.mode, step, config.algo.intrinsic.decay_steps)
         gamma = schedules.cosine_warmup(step, config.algo.replay.warmup_steps)
@@ -162,7 +165,8 @@ class Trainer:
         """Evaluate on held-out tasks, log and return the statistics."""
         self.progress.phase("evaluation")
         started = time.perf_counter()
-        stats, groups = evaluate(self.config, self.tasks, self.collector, self.ranks)
+        with self._parked():
+            stats, groups = evaluate(self.config, self.tasks, self.collector, self.ranks)
         stats["time/eval_s"] = time.perf_counter() - started
         self._write_samples(groups, self.folder.path / "eval")
         self._write(stats)
@@ -207,6 +211,18 @@ class Trainer:
         self._pushed = True
         return push_policy(self.config, self.policy, self.engine, self.finished_steps, verify=verify)
 
+    @contextmanager
+    def _parked(self) -> Iterator[None]:
+        """With a memory plan that says so, keep the trainer's tensors on the CPU meanwhile."""
+        if self.plan.mode != "offload":
+            yield
+            return
+        offload(self.policy.model, self.updater.optimizer)
+        try:
+            yield
+        finally:
+            onload(self.policy.model, self.updater.optimizer, self.ranks.device)
+
     def _training_tensors(self) -> dict[str, Any]:
         return training_tensors(self.policy.model.model, self.updater.optimizer)
 
@@ -237,14 +253,15 @@ class Trainer:
         first_uid = self.started_groups * rollout.group_size
         self.started_groups += len(tasks)
         for attempt in ("first", "last"):
-            own = self.collector.collect_step(
-                tasks,
-                rollout.group_size,
-                step=step,
-                num_groups=len(self.ranks.share(rollout.prompts_per_step)),
-                first_uid=first_uid,
-                share=self.ranks.share(len(tasks)),
-            )
+            with self._parked():
+                own = self.collector.collect_step(
+                    tasks,
+                    rollout.group_size,
+                    step=step,
+                    num_groups=len(self.ranks.share(rollout.prompts_per_step)),
+                    first_uid=first_uid,
+                    share=self.ranks.share(len(tasks)),
+                )
             if attempt == "last" or rollout.mode == "partial" or not self.ranks.any(not self.engine.alive):
                 break
             self.progress.note("an engine died; it is started anew and the rollout repeated")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from time import perf_counter
 from types import TracebackType
@@ -75,6 +75,10 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print one message that stays."""
+
+    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """Print a table that stays; the first row is its header."""
+        self.note("\n".join([title, *aligned(rows)]))
 
     def eta_s(self) -> float | None:
         """Seconds until the last step at the recent pace, or None before a whole step was seen."""
@@ -160,6 +164,18 @@ def make_progress(
 def shown_numbers(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Return (label, text) of the metrics in SHOWN that are present, in its order."""
     return [(label, form.format(metrics[name])) for label, name, form in SHOWN if name in metrics]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines, the first column flush left and the others flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def duration_text(seconds: float | None) -> str:
