@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ _NEEDED = {"model", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "log
 """Engine arguments without which the engine would sample something else or take all memory."""
 _TOKENS_PER_CPU_BLOCK = 128
 _CPU_KV_LIMIT = 1 << 30
+_pool_allocators: list[Any] = []
+"""Allocators of memory pools that were released; a tensor that outlives its engine is still freed by them."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,25 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def release_pools() -> None:
+    """Free what sleep mode's memory pools hold of an engine that ended awake; nothing may refer to it any more.
+
+    vLLM keeps the pools (until 0.24 for ever): it would refuse a second engine in this process, and pools that end
+    with the interpreter abort it (pytorch/pytorch#145168).
+    """
+    cumem = sys.modules.get("vllm.device_allocator.cumem")
+    allocator = getattr(getattr(cumem, "CuMemAllocator", None), "instance", None)
+    if allocator is None:
+        return
+    held = list(allocator.allocator_and_pools.values())
+    allocator.allocator_and_pools.clear()
+    # A tag has one pair of pool and allocator, in later versions a list of pairs.
+    pairs = [pair for entry in held for pair in (entry if isinstance(entry, list) else [entry])]
+    _pool_allocators.extend(pair[1] for pair in pairs)
+    del held, pairs
+    gc.collect()
 
 
 def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -225,10 +226,14 @@ class VllmCore:
 
     def close(self) -> None:
         """Shut vLLM down."""
+        # Memory that sleeps is not mapped, and freeing it would unmap it once more.
+        with suppress(Exception):
+            self.wake()
         with kept_rng(self._device):
             self._llm.engine_core.shutdown()
             del self._llm, self._layout
             vllm_compat.release_memory()
+            vllm_compat.release_pools()
 
     def _reset_caches(self) -> None:
         """Forget keys and values of the old weights.

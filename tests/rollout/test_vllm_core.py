@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,7 @@ class RecordingEngine:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.held_blocks = 0
+        self.engine_core = SimpleNamespace()
 
     def sleep(self, level: int) -> None:
         self.calls.append(f"sleep {level}")
@@ -110,6 +113,30 @@ def test_a_cache_that_requests_hold_on_to_is_waited_for_but_not_forever():
     engine.held_blocks = 100
     with pytest.raises(EngineError, match="did not drop its cache"):
         load(core)
+
+
+class Pool:
+    """Stands for one of torch's memory pools, whose end frees what it caches."""
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_engine_that_ends_asleep_is_woken_and_its_memory_pools_end_before_their_allocators(monkeypatch, listed):
+    core, engine, _ = make_core(2)
+    load(core)
+    core.sleep()
+    pool, allocator = Pool(), Pool()
+    entry = (pool, allocator)
+    ends: list[str] = []
+    weakref.finalize(pool, lambda: ends.append("pool"))
+    weakref.finalize(allocator, lambda: ends.append("allocator"))
+    cumem = SimpleNamespace(allocator_and_pools={"weights": [entry] if listed else entry})
+    module = SimpleNamespace(CuMemAllocator=SimpleNamespace(instance=cumem))
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", module)
+    engine.engine_core = SimpleNamespace(shutdown=lambda: engine.calls.append("shutdown"))
+    del entry, pool, allocator
+    core.close()
+    assert engine.calls[-4:-1] == ["wake weights", "wake kv_cache", "reset"] and engine.calls[-1] == "shutdown"
+    assert cumem.allocator_and_pools == {} and ends == ["pool"]
 
 
 @pytest.mark.parametrize("version", ["0.23.9", "0.34.0", "1.0", "dev"])
