@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from spear_fast.config.schema import RunConfig
+from spear_fast.errors import ConfigError
 
 from .engine import EngineNeeds
 from .gpus import FROM_DATASHEET, NOT_KNOWN, Gpu, Rate
@@ -234,8 +235,18 @@ def _part(ranks: int) -> float:
 
 
 def _ratio(size: float, rate: Rate) -> float:
-    """Seconds for these bytes; nothing takes no time, also on a device without links."""
-    return size / rate.value if size else 0.0
+    """Seconds for these bytes; nothing takes no time, also on a device without links.
+
+    Raises ConfigError if something moves where no rate is known.
+    """
+    if not size:
+        return 0.0
+    if not rate.value:
+        raise ConfigError(
+            "ranks exchange data over a link whose rate is not known: measure it with bench/calibrate.py under "
+            "torchrun and pass the file as --coefficients; if all ranks are in one machine, say --nodes 1"
+        )
+    return size / rate.value
 
 
 def _phase(name: str, parts: dict[str, float], rates: Iterable[Rate]) -> Phase:

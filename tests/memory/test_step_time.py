@@ -146,6 +146,16 @@ def test_unknown_gpus_and_files_are_refused(tmp_path: Path) -> None:
         load_gpu("h200-141g", file)
 
 
+@pytest.mark.parametrize("parallel", [{}, {"replicate": 2}])
+def test_ranks_without_a_known_link_are_told_to_measure_it(parallel: dict[str, int]) -> None:
+    config = load_config(None, [], BASE | {"parallel": parallel})
+    nothing = Rate(0.0, FROM_DATASHEET)
+    gpu = replace(DEVICE, gpus_per_node=1, link_bandwidth=nothing, nic_bandwidth=nothing)
+    plan = plan_memory(SMALL, config, 2, gpu.memory_bytes)
+    with pytest.raises(ConfigError, match=r"bench/calibrate\.py under torchrun"):
+        StepTime(SMALL, config, 2, gpu, plan, Workload.assumed(config)).phases()
+
+
 def test_the_quickstart_is_predicted_to_its_order_of_magnitude() -> None:
     """From the rates of this project's CPU results, against the times of its quickstart there."""
     coefficients = ROOT / "bench/results/cpu/coefficients.json"
