@@ -6,7 +6,7 @@ checkpoints/step_000040/           one checkpoint, complete when every file of i
     <name>.pt                      tensors and numbers, torch.save
     <name>.npz                     numpy arrays, no pickle
     <name>.json                    plain values
-    <name>/                        whatever its writer put there, e.g. a Hugging Face model
+    <name>/                        whatever its writer put there: a Hugging Face model, shards of several ranks
 checkpoints/step_000040.old/       an earlier save of the same step, alive only while that save is replaced
 checkpoints/.saving-step_000040/   a save in progress, or what a killed one left
 """
