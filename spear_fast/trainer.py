@@ -224,7 +224,7 @@ class Trainer:
             onload(self.policy.model, self.updater.optimizer, self.ranks.device)
 
     def _training_tensors(self) -> dict[str, Any]:
-        return training_tensors(self.policy.model.model, self.updater.optimizer)
+        return training_tensors(self.policy.model, self.updater.optimizer)
 
     def _roll_out(self, step: int, metrics: StepMetrics) -> list[Group]:
         """Collect the groups of this step; failed trajectories leave them here."""

@@ -214,11 +214,15 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(was_deterministic)
 
 
+SLOW_IMPORTS = ["torch._dynamo", "torch.distributed.fsdp", "transformers.models.qwen2.modeling_qwen2"]
+"""Modules that test processes share. The first call of a process decides, so they are the same for all tests."""
+
+
 def run_ranks(work: Callable[[int], Any], world_size: int, folder: Path) -> list[Any]:
     """What `work(rank)`, a function of a module, returns in each of `world_size` processes that form a gloo group."""
-    # A fork server imports torch once for all processes, and holds no thread that a fork could lose. It does not know
-    # this process's sys.path, so what is tested must not be preloaded.
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed"])
+    # A fork server imports what takes long once for all processes, as far as it is installed, and holds no thread that
+    # a fork could lose. It does not know this process's sys.path, so what is tested must not be preloaded.
+    multiprocessing.set_forkserver_preload(SLOW_IMPORTS)
     arguments = (work, world_size, str(folder))
     start = torch.multiprocessing.start_processes  # pyright: ignore[reportPrivateImportUsage]
     start(_run_rank, arguments, nprocs=world_size, start_method="forkserver")

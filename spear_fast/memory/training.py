@@ -59,12 +59,14 @@ class Training:
         return self.adapter_parameters or self.shape.num_parameters
 
     def master_weights(self) -> int:
-        """Float32 weights of a rank, frozen ones too."""
-        return MASTER_BYTES * (self.shape.num_parameters + self.adapter_parameters) // self.num_shards
+        """Weights of a rank between steps: float32, but those beside adapters, which are frozen, in the pass's type."""
+        adapters = self.adapter_parameters
+        model = (self.itemsize if adapters else MASTER_BYTES) * self.shape.num_parameters
+        return (model + MASTER_BYTES * adapters) // self.num_shards
 
     def reference_weights(self) -> int:
-        """Frozen float32 weights of the policy that a KL term pulls to, spread like those that are trained."""
-        return MASTER_BYTES * self.shape.num_parameters // self.num_shards
+        """Frozen weights of the policy that a KL term pulls to, spread like those that are trained."""
+        return self.itemsize * self.shape.num_parameters // self.num_shards
 
     def optimizer_state(self) -> int:
         """AdamW's moments of a rank."""

@@ -56,6 +56,16 @@ class FlashPlan:
     """Keys of each segment with those of the prompt before it; None where there are none."""
 
 
+class Masks:
+    """Block masks by window, made by the first layer that has it and read by the others.
+
+    Not a dict: FSDP hands copies of all dicts to a block, and what one layer put into its copy the next would not see.
+    """
+
+    def __init__(self) -> None:
+        self.by_window: dict[int | None, BlockMask] = {}
+
+
 @dataclass(frozen=True)
 class FlexPlan:
     """What a query may see, token by token; block masks are made for each window that a layer asks for."""
@@ -64,7 +74,7 @@ class FlexPlan:
     segment: torch.Tensor  # int64 [T], segment of each token
     prefix: torch.Tensor  # int64 [T], segment before it, or -1
     position: torch.Tensor  # int64 [T], place in the sequence
-    masks: dict[int | None, BlockMask] = field(default_factory=dict)
+    masks: Masks = field(default_factory=Masks)
 
 
 AttentionPlan = SdpaPlan | FlashPlan | FlexPlan

@@ -27,12 +27,13 @@ def flex_packed(
     window: int | None,
 ) -> torch.Tensor:
     """Attention [T, Hq, D] of query [T, Hq, D], key and value [T, Hkv, D]; see `packed_attention`."""
-    if window not in plan.masks:
-        plan.masks[window] = block_mask(plan, window)
+    masks = plan.masks.by_window
+    if window not in masks:
+        masks[window] = block_mask(plan, window)
     attend = _compiled() if query.is_cuda else _plain
     tensors = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
     gqa = query.shape[1] != key.shape[1]
-    return attend(*tensors, block_mask=plan.masks[window], scale=scale, enable_gqa=gqa)[0].transpose(0, 1)
+    return attend(*tensors, block_mask=masks[window], scale=scale, enable_gqa=gqa)[0].transpose(0, 1)
 
 
 def block_mask(plan: FlexPlan, window: int | None) -> BlockMask:
@@ -73,11 +74,11 @@ def _blocks(segments: Segments, window: int | None) -> tuple[np.ndarray, np.ndar
     return some, every
 
 
-def _table(blocks: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _table(blocks: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Number [1, 1, Q] and places [1, 1, Q, K] of the True blocks in each row, as FlexAttention takes them."""
     places = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
     counts = blocks.sum(axis=1).astype(np.int32)
-    return torch.from_numpy(counts)[None, None].to(device), torch.from_numpy(places)[None, None].to(device)
+    return tuple(torch.from_numpy(array)[None, None].to(device, non_blocking=True) for array in (counts, places))
 
 
 def _plain(*args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -20,6 +19,7 @@ from spear_fast.types import MicroBatch, Segments
 
 from .attention import AttentionPlan, Backend, packed_attention, plan_attention, select_rows
 from .export import export_parameters, save_full
+from .sharding import reshard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,17 +101,22 @@ class PackedModel:
         """
         result = self.root(work)
         if not torch.is_grad_enabled():
-            # No backward pass will free them, and gathered weights would outlive the next change of the sharded ones.
-            for module in self.root.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            self.free_gathered()  # which no backward pass will do
         return result
+
+    def free_gathered(self) -> None:
+        """Leave the master weights alone to be seen, and free what was gathered from them and does not follow them.
+
+        What a backward pass still needs is gathered again. Nothing happens to whole weights.
+        """
+        reshard(self.root)
 
     def export_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every parameter under its Hugging Face name: adapters merged, a tied head left out, shards as DTensor.
 
         All ranks must go through all of them. The weights stay as they are.
         """
+        self.free_gathered()
         return export_parameters(self.model)
 
     def save_full(self, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -119,6 +124,7 @@ class PackedModel:
 
         All ranks must call it; the main one keeps the whole model on its CPU, and writes.
         """
+        self.free_gathered()
         save_full(self.model, folder, main=self.ranks is None or self.ranks.is_main, dtype=dtype)
 
     def run(self, planned: PlannedBatch, use: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], T]) -> T:

@@ -30,6 +30,7 @@ def onload(policy: PackedModel, optimizer: Optimizer, device: torch.device) -> N
 @torch.no_grad()
 def move(policy: PackedModel, optimizer: Optimizer, to: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace parameters, buffers and moments by `to(each)`, sharded ones as DTensor; parameter objects stay."""
+    policy.free_gathered()
     policy.root._apply(to)
     for state in optimizer.torch_optimizer.state.values():
         for name, value in state.items():

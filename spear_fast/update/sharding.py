@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from spear_fast.errors import ConfigError
@@ -36,8 +38,9 @@ def shard(
 ) -> None:
     """Spread the policy over `ranks`, in place: float32 master weights, forward and backward passes in `dtype`.
 
-    Without `ranks.mesh` the weights stay as they are. Names of parameters never change. Every rank must hold the same
-    weights; each keeps its part, so leave the model on the CPU. Adapters come before, the optimizer after.
+    Frozen weights are kept in `dtype`. Without `ranks.mesh` all stay as they are. Names of parameters never change.
+    Every rank must hold the same weights; each keeps its part, so leave the model on the CPU. Adapters come before, the
+    optimizer after.
     """
     blocks = decoder_blocks(policy.model)
     for block in blocks:
@@ -57,8 +60,10 @@ def shard(
     }
     for block in blocks:
         # One block at a time, so that the float32 copy of the whole model never exists.
-        fully_shard(block.float(), reshard_after_forward=parallel.reshard_after_forward, **settings)
-    fully_shard(policy.root.float(), **settings)
+        _to_masters(block, dtype)
+        fully_shard(block, reshard_after_forward=parallel.reshard_after_forward, **settings)
+    _to_masters(policy.root, dtype)
+    fully_shard(policy.root, **settings)
     for module in _sharded(policy.root):
         # Losses are divided by the counts of all ranks already, so gradients are summed and not averaged.
         module.set_gradient_divide_factor(1.0)
@@ -73,8 +78,22 @@ def set_reduction(policy: PackedModel, *, now: bool) -> None:
         policy.root.set_reshard_after_backward(now)
 
 
+def reshard(root: nn.Module) -> None:
+    """Free the gathered weights of all modules under `root`, so that their parameters are the shards."""
+    for module in _sharded(root):
+        module.reshard()
+
+
 def _sharded(root: nn.Module) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def _to_masters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Bring what is not sharded yet into its type: trained weights float32, which alone shows small steps."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point() and not isinstance(tensor, DTensor):
+            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+            tensor.data = tensor.data.to(dtype if frozen else torch.float32)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,23 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
+    from .model import PackedModel
     from .optimizer import Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+def training_tensors(policy: PackedModel, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """Master weights `weight.<name>` and AdamW's moments `exp_avg.<name>`, `exp_avg_sq.<name>`.
 
     They are the live tensors, sharded ones as DTensor: to be saved, or to be filled in place by a load. Moments that
     do not exist yet are made, as zeros.
     """
+    policy.free_gathered()
     adamw = optimizer.torch_optimizer
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in policy.model.named_parameters():
         if not parameter.requires_grad:
             continue
         state = adamw.state[parameter]

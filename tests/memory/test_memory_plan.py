@@ -158,7 +158,9 @@ def test_settings_move_the_bytes_they_are_about() -> None:
     assert halves["master weights"] == 2 * plain["master weights"]
     kept = plan("parallel.reshard_after_forward=false").phases["update"]["gathered weights"]
     assert kept == 2 * QWEN_7B.num_parameters
-    assert plan("algo.loss.kl_coef=0.1").phases["update"]["reference policy"] == plain["master weights"]
+    # What is frozen is kept in bfloat16.
+    assert plan("algo.loss.kl_coef=0.1").phases["update"]["reference policy"] == plain["master weights"] // 2
+    assert adapters["master weights"] == plain["master weights"] // 2 + adapters["gradients"]
     alone = plan("model.dtype=float32", ranks=1).phases["update"]
     assert alone["gathered weights"] == alone["gradients being reduced"] == 0
 
