@@ -1,9 +1,20 @@
 #!/usr/bin/env bash
-# One command for a CUDA machine without a package registry: GPU tests, then the loss benchmarks.
+# One command for a CUDA machine without a package registry: what must be right first, then how fast it is.
 #
-#   bench/gpu_session.sh [--dry-run]
+#   bench/gpu_session.sh [--dry-run] [PART...]
+#
+# Parts, all of them in this order if none is named; each but the last takes less than ten minutes:
+#   tests            tests/gpu but the next two
+#   colocated-tests  vLLM and trainer on one GPU: cycles of sleep and sync at real size
+#   run-tests        short whole runs with vLLM
+#   colocated        speed and memory of vLLM and trainer on one GPU, by phase
+#   calibrate        the rates that memory plans divide by
+#   ops, logits      loss operators at each head: shares of masked tokens, and from logits
+#   tokens           loss operators over numbers of tokens
 #
 # SESSION_SECONDS  time for everything (1500); a part that would start later is left out
+# ENGINE_WHEELS    folder with the wheels of bench/gpu_requirements.txt, where vLLM is not installed
+# COLOCATED_SET    settings for `colocated`, e.g. "engine.enforce_eager=true"
 # PEER_WHEELS      folder with wheels of the projects to compare with; without it they are reported as not installed
 # RESULTS_ROOT     where the folder named after the GPU is made (bench/results)
 # BENCH_COMMIT     commit to name in the results, where the tree has no history
@@ -15,16 +26,24 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 dry_run=
-[[ "${1:-}" == --dry-run ]] && dry_run=1
+[[ "${1:-}" == --dry-run ]] && { dry_run=1; shift; }
+known=(tests colocated-tests run-tests colocated calibrate ops logits tokens)
+parts=" ${*:-${known[*]}} "
+for part in $parts; do
+  [[ " ${known[*]} " == *" $part "* ]] || { echo "no part $part; choose from ${known[*]}"; exit 2; }
+done
 python=${PYTHON:-python3}
 seconds=${SESSION_SECONDS:-1500}
 heads=${HEADS:-"qwen2.5-1.5b qwen2.5-7b qwen2.5-32b"}
 tokens=${TOKENS:-"4096 16384 1024 65536"}
 export TRITON_INTERPRET=0
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
-# Operators with very different buffers share a process; without this their blocks fragment the memory.
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 started=$SECONDS
+
+# Nothing here has a registry to ask, or other nodes to talk to.
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_HOST_IP=127.0.0.1
+
+wanted() { [[ "$parts" == *" $1 "* ]]; }
 
 left() { echo $((seconds - (SECONDS - started))); }
 
@@ -53,59 +72,120 @@ failed=()
 echo "== machine"
 run 60 "$python" -c 'import json; from bench.machine import describe_machine; print(json.dumps(describe_machine(), indent=1))'
 
+# Not where the interpreter keeps its own: what is brought along must not replace a package that others here use.
+brought=$(mktemp -d)
+export PYTHONPATH="$PYTHONPATH:$brought"
+install() { run 300 "$python" -m pip install -q --no-index --no-deps --no-compile --target "$brought" "$@"; }
+
+if [[ -n ${ENGINE_WHEELS:-} ]]; then
+  echo "== engine"
+  install "$ENGINE_WHEELS"/*.whl || failed+=("install of the engine")
+fi
 if [[ -n ${PEER_WHEELS:-} ]]; then
   echo "== peers"
-  peers=$(mktemp -d)
-  # Not where the interpreter keeps its own: a peer must not replace a package that others here use.
-  export PYTHONPATH="$PYTHONPATH:$peers"
   for wheel in "$PEER_WHEELS"/*.whl; do
-    run 120 "$python" -m pip install -q --no-index --no-deps --find-links "$PEER_WHEELS" --target "$peers" "$wheel" ||
-      failed+=("install of ${wheel##*/}")
+    install "$wheel" || failed+=("install of ${wheel##*/}")
   done
 fi
 
-echo "== tests on the GPU"
-export BENCH_TESTS="no tests/gpu"
-if [[ -d tests/gpu ]]; then
+# check NAME OPTIONS...: pytest, its output in NAME.txt; BENCH_TESTS says how it ended.
+check() {
+  local name=$1 log
+  shift
   # Written through a file and not a pipe, so that the exit status is pytest's own.
   log=${dry_run:+/dev/null}
-  log=${log:-$out/tests.txt}
-  if run 600 "$python" -m pytest -q tests/gpu >"$log" 2>&1; then
-    BENCH_TESTS="tests/gpu passed"
+  log=${log:-$out/$name.txt}
+  echo "+ pytest $*"
+  if run 590 "$python" -m pytest -q --durations=0 "$@" >"$log" 2>&1; then
+    BENCH_TESTS="$name passed"
   else
-    BENCH_TESTS="tests/gpu failed"
-    failed+=("tests/gpu")
+    BENCH_TESTS="$name failed"
+    failed+=("$name")
   fi
   [[ -z $dry_run ]] && tail -n 15 "$log"
+  echo "$BENCH_TESTS"
+}
+
+export BENCH_TESTS="not in this session"
+
+if wanted tests; then
+  echo "== tests on the GPU"
+  check tests tests/gpu --ignore tests/gpu/test_colocated.py
 fi
-echo "$BENCH_TESTS"
+operators_tested=$BENCH_TESTS
+
+colocated_ok=1
+if wanted colocated-tests; then
+  echo "== engine and trainer on one GPU"
+  check colocated-tests tests/gpu/test_colocated.py -k cycles
+  [[ $BENCH_TESTS == *passed ]] || colocated_ok=
+fi
+if wanted run-tests; then
+  echo "== whole runs"
+  check run-tests tests/gpu/test_colocated.py -k quickstart
+fi
+
+# colocated NAME OPTIONS...: bench/colocated.py writes no speed if its own cycles are wrong.
+colocated() {
+  local name=$1
+  shift
+  # shellcheck disable=SC2086  # several settings are several words
+  run 280 "$python" bench/colocated.py --device cuda --out "$out/colocated-$name.json" "$@" ${COLOCATED_SET:-} ||
+    failed+=("colocated-$name")
+}
+
+if wanted colocated; then
+  echo "== speed of engine and trainer on one GPU"
+  if [[ -n $colocated_ok ]]; then
+    colocated sleep2 --mode sleep2 --set engine.placement=inproc
+    colocated sleep1 --mode sleep1 --set engine.placement=inproc
+    colocated process --mode sleep2 --set engine.placement=process
+  else
+    echo "left out: its tests failed"
+  fi
+fi
+
+if wanted calibrate; then
+  echo "== rates of this device"
+  run 200 "$python" bench/calibrate.py --device cuda --out "$out/coefficients.json" || failed+=("calibrate")
+fi
+
+export BENCH_TESTS=$operators_tested
+# Operators with very different buffers share a process; without this their blocks fragment the memory.
+operators() { run "$1" env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "$python" bench/ops.py --device cuda "${@:2}"; }
 
 # measure NAME LIMIT OPTIONS...: with the peers; without them once more if one took the process down with it.
 measure() {
   local name=$1 limit=$2
   shift 2
-  run "$limit" "$python" bench/ops.py --device cuda --out "$out/$name.json" "$@" && return
+  operators "$limit" --out "$out/$name.json" "$@" && return
   failed+=("$name")
   (($(left) < 5)) && return
-  run "$limit" "$python" bench/ops.py --device cuda --out "$out/$name-own.json" "$@" --skip peers || failed+=("$name-own")
+  operators "$limit" --out "$out/$name-own.json" "$@" --skip peers || failed+=("$name-own")
 }
 
-echo "== loss operators, masked tokens and tokens without advantage"
-for head in $heads; do
-  measure "ops-$head-shares" 400 --shape "$head" --tokens 8192 --active 1 0.7 0.3 --live 1 0.5 0.1 --deadline 300
-done
-
-echo "== from logits"
-for head in $heads; do
-  measure "logits-$head" 200 --shape "$head" --level logits --tokens 8192
-done
-
-echo "== loss operators, all tokens active and live"
-for count in $tokens; do
+if wanted ops; then
+  echo "== loss operators, masked tokens and tokens without advantage"
   for head in $heads; do
-    measure "ops-$head-$count" 300 --shape "$head" --tokens "$count"
+    measure "ops-$head-shares" 400 --shape "$head" --tokens 8192 --active 1 0.7 0.3 --live 1 0.5 0.1 --deadline 300
   done
-done
+fi
+
+if wanted logits; then
+  echo "== from logits"
+  for head in $heads; do
+    measure "logits-$head" 200 --shape "$head" --level logits --tokens 8192
+  done
+fi
+
+if wanted tokens; then
+  echo "== loss operators, all tokens active and live"
+  for count in $tokens; do
+    for head in $heads; do
+      measure "ops-$head-$count" 300 --shape "$head" --tokens "$count"
+    done
+  done
+fi
 
 echo "== $((SECONDS - started)) s, results in $out"
 if ((${#failed[@]})); then
