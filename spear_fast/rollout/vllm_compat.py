@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d as c10d
 
 from spear_fast.errors import ConfigError, EngineError, MissingDependencyError
 
@@ -133,6 +134,7 @@ def build_engine(settings: CoreSettings, local_rank: int) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     _keep_process_groups()
+    _forget_destroyed_groups()
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     if _NEEDED - known:
         raise EngineError(f"this vLLM lacks the engine arguments {sorted(_NEEDED - known)}; install {NEWEST} or older")
@@ -298,6 +300,21 @@ def _executor_on(local_rank: int) -> type:
             return method, rank, local_rank
 
     return OneDevice
+
+
+def _forget_destroyed_groups() -> None:
+    """Let vLLM make its process groups anew if somebody destroyed all groups of this process, its own among them.
+
+    A trainer that ends does so; vLLM would go on with the groups of its earlier engines.
+    """
+    from vllm.distributed import parallel_state
+
+    world = parallel_state._WORLD
+    if world is None or world.device_group in c10d._world.pg_map:
+        return
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, parallel_state.GroupCoordinator):
+            setattr(parallel_state, name, None)
 
 
 def _keep_process_groups() -> None:

@@ -57,7 +57,9 @@ def own_process_group() -> Iterator[None]:
     """
     global _engines_world
     trainers = c10d.GroupMember.WORLD
-    c10d._update_default_pg(_engines_world)
+    # A trainer that ends destroys all groups of the process.
+    alive = _engines_world if _engines_world in c10d._world.pg_map else None
+    c10d._update_default_pg(alive)
     try:
         yield
     finally:
