@@ -38,6 +38,21 @@ class _Stream:
         """Go through what the engine left, because the other ranks gather it too; return how much that was."""
         return sum(1 for _ in self._items)
 
+    def metrics(self, pushed_s: float, verify_s: float) -> dict[str, float]:
+        """Metrics of a push that took `pushed_s` seconds, and `verify_s` more to look at the engine.
+
+        `sync/bytes` in the engine's type; `sync/buckets`, pieces handed over; `sync/gather_s`, `sync/copy_s`,
+        `sync/verify_s` and their sum as `sync/gib_per_s`.
+        """
+        return {
+            "sync/bytes": float(self.bytes),
+            "sync/buckets": float(self.buckets),
+            "sync/gather_s": self.gather_s,
+            "sync/copy_s": pushed_s - self.gather_s - self.digest_s,
+            "sync/verify_s": self.digest_s + verify_s,
+            "sync/gib_per_s": self.bytes / 2**30 / (pushed_s + verify_s),
+        }
+
     def _generate(self) -> Iterator[tuple[str, Tensor]]:
         while True:
             started = perf_counter()
@@ -85,9 +100,8 @@ def push_weights(
         group: Ranks that raise together; None takes the default group.
 
     Returns:
-        `sync/version` in training steps; `sync/bytes` in the engine's type; `sync/buckets`, pieces handed over;
-        `sync/gather_s`, `sync/copy_s`, `sync/verify_s` and their sum as `sync/gib_per_s`; with `verify`,
-        `sync/unverified`, parameters whose values this engine cannot tell.
+        `sync/version` in training steps, and `_Stream.metrics`; with `verify`, `sync/unverified`, parameters whose
+        values this engine cannot tell.
 
     Raises:
         EngineError: The engine failed, did not take the version, or holds other values than were pushed.
@@ -95,7 +109,7 @@ def push_weights(
     digests = Digests() if verify else None
     stream = _Stream(named, dtype, bucket_bytes, digests)
     failure: Exception | None = None
-    unverified, verify_s = 0, 0.0
+    unverified = 0
     started = perf_counter()
     try:
         engine.load_weights(stream, version)
@@ -106,22 +120,12 @@ def push_weights(
     try:
         if failure is None:
             _check_taken(engine, version, left)
-        if failure is None and digests is not None:
-            unverified = _compare(digests.result(), engine.weights_digest(), version)
-        verify_s = perf_counter() - started - pushed_s
+            unverified = 0 if digests is None else _compare(digests.result(), engine.weights_digest(), version)
     except Exception as error:  # as above
         failure = error
+    metrics = stream.metrics(pushed_s, perf_counter() - started - pushed_s) | {"sync/version": float(version)}
     _raise_together(failure, group)
-    return {
-        "sync/version": float(version),
-        "sync/bytes": float(stream.bytes),
-        "sync/buckets": float(stream.buckets),
-        "sync/gather_s": stream.gather_s,
-        "sync/copy_s": pushed_s - stream.gather_s - stream.digest_s,
-        "sync/verify_s": stream.digest_s + verify_s,
-        "sync/gib_per_s": stream.bytes / 2**30 / (pushed_s + verify_s),
-        **({"sync/unverified": float(unverified)} if verify else {}),
-    }
+    return metrics | ({"sync/unverified": float(unverified)} if verify else {})
 
 
 def _check_taken(engine: Engine, version: int, left: int) -> None:
