@@ -42,6 +42,11 @@ class EngineNeeds:
         return tokens * widths * DTYPE_BYTES[self.dtype] + 2 * 4 * self.concurrent * shape.vocab_size
 
     @property
+    def sharded_over(self) -> int:
+        """Ranks that hold one copy of the trained weights together."""
+        return self.num_ranks // self.config.parallel.replicate
+
+    @property
     def trajectories(self) -> int:
         """Trajectories of one rank in one training step."""
         rollout = self.config.rollout
@@ -74,8 +79,13 @@ class EngineNeeds:
         return self.weights() if self.config.engine.name == "hf" else 0
 
     def bucket(self) -> int:
-        """Weights in flight during a sync; one rank alone copies parameter by parameter."""
+        """Weights in flight during a sync; one rank alone copies parameter by parameter.
+
+        Several ranks gather a bucket, to which each sends its shard; an engine in its own process reads from another.
+        """
         whole = self.weights()
+        bucket = min(whole, self.config.engine.bucket_mib << 20)
+        outside = bucket if self.config.engine.placement == "process" else 0
         if self.num_ranks == 1:
-            return min(whole, self.shape.embedding_parameters * DTYPE_BYTES[self.dtype])
-        return min(whole, self.config.engine.bucket_mib << 20)
+            return min(whole, self.shape.embedding_parameters * DTYPE_BYTES[self.dtype]) + outside
+        return bucket + bucket // self.sharded_over + outside

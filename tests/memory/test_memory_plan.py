@@ -50,7 +50,7 @@ def test_the_arithmetic_of_a_known_model() -> None:
     assert update["optimizer state"] == rollout["optimizer state"] == 8 * parameters // 8
     assert rollout["engine weights"] == 2 * parameters
     assert rollout["KV cache"] == found.kv_cache_bytes == cache_of(32)
-    assert sync["sync bucket"] == GIB
+    assert sync["sync bucket"] == GIB + GIB // 8, "what is gathered, and the shard that is sent"
     root, block = 2 * 152064 * 3584 + 3584, QWEN_7B.block_parameters
     assert update["gathered weights"] == 2 * (root + 2 * block)
     # Per token and block: norms 2 * (4 + 2 + 2) H, attention 2 (3 * 3584 + 2 * 512) + 4 * 28, feed-forward 8 I.
@@ -188,3 +188,11 @@ def test_rows_are_a_table() -> None:
     table = {row[0]: row[1:] for row in rows}
     assert table["gradients"] == ("0.0", "0.0", f"{4 * QWEN_7B.num_parameters / 8 / GIB:.1f}")
     assert "reference policy" not in table
+
+
+def test_an_engine_in_its_own_process_has_a_bucket_of_its_own() -> None:
+    inproc, own = (
+        plan("engine.name=vllm", f"engine.placement={placement}").phases["sync"]["sync bucket"]
+        for placement in ("inproc", "process")
+    )
+    assert own == inproc + GIB
