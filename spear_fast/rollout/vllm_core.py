@@ -188,8 +188,7 @@ class VllmCore:
     def finish_load(self) -> set[str]:
         """Drop the caches and return the names that were not written."""
         missing = self._layout.missing()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._synchronize()
         self._reset_caches()
         self._ready = not missing
         return missing
@@ -207,6 +206,8 @@ class VllmCore:
         """Forget the caches, and free memory as the sleep level says."""
         self._reset_caches()
         if self._sleep_level and not self._cache_asleep:
+            # With asynchronous scheduling a step beyond the last token may be under way, and vLLM unmaps its memory.
+            self._synchronize()
             with kept_rng(self._device):
                 self._llm.sleep(self._sleep_level)
             self._weights_asleep = self._cache_asleep = True
@@ -234,6 +235,11 @@ class VllmCore:
             del self._llm, self._layout
             vllm_compat.release_memory()
             vllm_compat.release_pools()
+
+    def _synchronize(self) -> None:
+        """Wait for all that the device was given to do."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _reset_caches(self) -> None:
         """Forget keys and values of the old weights.
