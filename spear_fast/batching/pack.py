@@ -84,7 +84,7 @@ def collate(
 
 
 def _tensor(array: np.ndarray, dtype: type[np.generic], device: torch.device | str) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(device)
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(device, non_blocking=True)
 
 
 def _check_first_tokens(rows: list[Row]) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of an optimizer step: joined over micro-batches on the device, read back once."""
+"""Metrics of an optimizer step: joined over micro-batches where they are, read back once."""
 
 from __future__ import annotations
 
@@ -36,21 +36,23 @@ def join(parts: Sequence[dict[str, torch.Tensor]], prefix: str) -> dict[str, tor
 
 
 def gather(parts: list[dict[str, torch.Tensor]], ranks: Ranks | None) -> list[dict[str, torch.Tensor]]:
-    """Metrics of the micro-batches of all ranks, rank by rank, from those of this one; on the device of its own.
+    """Metrics of the micro-batches of all ranks, rank by rank, from those of this one.
 
-    Waits for the device if there are other ranks.
+    If there are other ranks it waits for the device, and they stay on the CPU.
     """
     if ranks is None or ranks.size == 1:
         return parts
     table = torch.stack([torch.stack(list(part.values())) for part in parts]).cpu() if parts else torch.empty(0)
     names = list(parts[0]) if parts else []
     return [
-        dict(zip(names, row.to(ranks.device).unbind(), strict=True))
-        for names, table in ranks.gather((names, table))
-        for row in table
+        dict(zip(names, row.unbind(), strict=True)) for names, table in ranks.gather((names, table)) for row in table
     ]
 
 
 def read(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Bring all metrics to the host in one transfer."""
-    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+    """Bring all metrics to the host, in one transfer from a device."""
+    values: dict[str, float] = {}
+    for device in {value.device for value in metrics.values()}:
+        there = {name: value for name, value in metrics.items() if value.device == device}
+        values |= zip(there, torch.stack(list(there.values())).tolist(), strict=True)
+    return {name: values[name] for name in metrics}
