@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from spear_fast.errors import ConfigError, SpearError
+from spear_fast.errors import ConfigError, RankError, SpearError
 
 if TYPE_CHECKING:
     from spear_fast.config.machine import ParallelConfig
@@ -47,7 +48,8 @@ class Ranks:
         if self.cpu_group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.cpu_group)
+        with _all_present():
+            dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -64,7 +66,8 @@ class Ranks:
                 outcome[0] = work()
             except SpearError as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self.cpu_group)
+        with _all_present():
+            dist.broadcast_object_list(outcome, src=0, group=self.cpu_group)
         result, error = outcome
         if error is not None:
             raise error
@@ -73,16 +76,32 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.cpu_group is not None:
-            dist.barrier(group=self.cpu_group)
+            with _all_present():
+                dist.barrier(group=self.cpu_group)
 
-    def share(self, count: int) -> range:
-        """Places in a list of `count` things that are this rank's; shares differ by at most one."""
-        return range(self.rank, count, self.size)
+    def share(self, count: int, sharers: int | None = None) -> range:
+        """Places in a list of `count` things that are this rank's; shares differ by at most one.
+
+        With `sharers`, only that many ranks, the first ones, get any.
+        """
+        sharers = min(self.size, sharers or self.size)
+        return range(self.rank, count, sharers) if self.rank < sharers else range(0)
 
     def close(self) -> None:
         """Leave the process group."""
         if self.cpu_group is not None and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _all_present() -> Iterator[None]:
+    """Say what it means that ranks cannot talk to each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"another rank of this job ended or hangs; its own message says why. Resume once that is mended ({error})"
+        ) from error
 
 
 def is_main_rank() -> bool:

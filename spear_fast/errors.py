@@ -27,6 +27,10 @@ class CheckpointError(SpearError):
     """A checkpoint is missing, incomplete or does not belong to this configuration."""
 
 
+class RankError(SpearError):
+    """Another process of a job on several ranks ended or does not answer."""
+
+
 class MissingDependencyError(SpearError):
     """An optional package is needed; the message names the extra that installs it."""
 

@@ -11,8 +11,14 @@ from spear_fast.config.load import dump_config, load_config
 from spear_fast.config.schema import RunConfig
 from spear_fast.errors import CheckpointError, ConfigError
 
-CHANGEABLE = ("name", "out", "steps", "device", "eval", "checkpoint", "log")
-"""Top-level keys that a resumed run may change: none of them alters what a training step computes."""
+CHANGEABLE = (
+    *("name", "out", "steps", "device", "eval", "checkpoint", "log"),
+    *("engine", "parallel", "memory", "model.attention", "model.liger", "model.compile"),
+)
+"""Keys, with all below them, that a resumed run may change: none of them alters what a step computes but by rounding.
+
+A run can so go on with other ranks, another engine or less memory.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def open_existing(config: RunConfig) -> RunFolder:
             f"--resume: {folder.path} holds no run; start it without --resume, or correct name and out"
         )
     saved = load_config(folder.config)
-    changed = [key for key in _differences(saved.model_dump(), config.model_dump()) if _root(key) not in CHANGEABLE]
+    changed = [key for key in _differences(saved.model_dump(), config.model_dump()) if not _may_change(key)]
     if changed:
         raise CheckpointError(
             f"--resume: {', '.join(changed)} differ from {folder.config}; a resumed run may change only "
@@ -98,5 +104,5 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
     return found
 
 
-def _root(key: str) -> str:
-    return key.split(".", 1)[0]
+def _may_change(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE)

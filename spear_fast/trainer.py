@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -49,6 +49,8 @@ from spear_fast.update.old_logp import check_gap, correct_old_logp
 from spear_fast.update.scoring import fill_ref_logp
 from spear_fast.update.state import set_steps, training_tensors
 
+T = TypeVar("T")
+
 
 class Trainer:
     """One run: owns the rooms' state (policy, optimizer, replay memory, cursor) and walks them step by step.
@@ -78,18 +80,21 @@ class Trainer:
         self._unfinished: list[Task] = []
         self.stop_requested = False
         self._resumed, self._pushed = resume, False
+        self.sinks = []
+        self._owned = ExitStack()
+        """Closes what was opened, the last first; each is tried, also when another fails."""
+        self._owned.callback(self.ranks.close)
         try:
             checkpoint = self._open(resume)
             self._assemble()
             if checkpoint is not None:
                 self._restore(checkpoint)
+            if self.ranks.is_main:
+                first_step = self.finished_steps + 1 if resume else 0
+                self.sinks = open_sinks(self.folder.path, tensorboard=config.log.tensorboard, first_step=first_step)
         except BaseException:
-            self.ranks.close()
+            self.close()
             raise
-        self.sinks = []
-        if self.ranks.is_main:
-            first_step = self.finished_steps + 1 if resume else 0
-            self.sinks = open_sinks(self.folder.path, tensorboard=config.log.tensorboard, first_step=first_step)
 
     def _open(self, resume: bool) -> Checkpoint | None:
         """Open the run's folder, and make the policy to start from or find the checkpoint to go on with."""
@@ -110,8 +115,10 @@ class Trainer:
         self.plan = plan_run(config, start, ranks)
         self.progress.table("memory plan", self.plan.as_rows())
         self.engine = make_engine(config, start, self.policy, ranks, self.plan)
+        self._owned.callback(self.engine.close)
         make_trainable(self.policy, config, ranks)
         self.collector = make_collector(config, self.tasks, self.policy, self.engine)
+        self._owned.callback(self.collector.close)
         self.prompts = PromptStream(self.tasks, config.seed)
         self.memory = make_memory(config, self.tasks) if config.algo.replay.enabled else None
         self.updater = make_updater(config, self.policy, self.folder)
@@ -165,8 +172,7 @@ class Trainer:
         """Evaluate on held-out tasks, log and return the statistics."""
         self.progress.phase("evaluation")
         started = time.perf_counter()
-        with self._parked():
-            stats, groups = evaluate(self.config, self.tasks, self.collector, self.ranks)
+        stats, groups = evaluate(self.config, self.tasks, self.collector, self.ranks, attempt=self._with_engine)
         stats["time/eval_s"] = time.perf_counter() - started
         self._write_samples(groups, self.folder.path / "eval")
         self._write(stats)
@@ -198,11 +204,10 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Close files and free the engine; each is tried, also when another fails."""
-        with ExitStack() as stack:
-            stack.callback(self.ranks.close)
-            for close in (self.collector.close, self.engine.close, *(sink.close for sink in self.sinks)):
-                stack.callback(close)
+        """Close files, end the trajectories and free their engine; each is tried, also when another fails."""
+        for sink in self.sinks:
+            self._owned.callback(sink.close)
+        self._owned.close()
 
     def _push(self) -> dict[str, float]:
         """Bring the trained weights into the engine, as the version of the steps finished."""
@@ -230,7 +235,7 @@ class Trainer:
         """Collect the groups of this step; failed trajectories leave them here."""
         self.progress.phase("rollout")
         with metrics.phase("rollout"):
-            collection = self._collect(self._next_tasks(), step)
+            collection = self._collect(step)
         groups = collection.groups
         refuse_total_failure(groups)
         metrics.add(rollout_stats(collection))
@@ -241,32 +246,52 @@ class Trainer:
             group.trajectories = [trajectory for trajectory in group.trajectories if trajectory.status.usable]
         return [group for group in groups if group.trajectories]
 
-    def _next_tasks(self) -> list[Task]:
-        """The tasks to start in this step: first those that a resumed run had started and not finished."""
-        count = self.collector.wanted(self.config.rollout.prompts_per_step)
-        again, self._unfinished = self._unfinished[:count], self._unfinished[count:]
-        return again + self.prompts.next(count - len(again))
-
-    def _collect(self, tasks: list[Task], step: int) -> Collection:
-        """Roll out a step on all ranks. If an engine died, it is started anew and the rollout repeated, once."""
+    def _collect(self, step: int) -> Collection:
+        """Roll out a step on all ranks."""
         rollout = self.config.rollout
-        first_uid = self.started_groups * rollout.group_size
-        self.started_groups += len(tasks)
-        for attempt in ("first", "last"):
-            with self._parked():
-                own = self.collector.collect_step(
-                    tasks,
-                    rollout.group_size,
-                    step=step,
-                    num_groups=len(self.ranks.share(rollout.prompts_per_step)),
-                    first_uid=first_uid,
-                    share=self.ranks.share(len(tasks)),
-                )
-            if attempt == "last" or rollout.mode == "partial" or not self.ranks.any(not self.engine.alive):
-                break
-            self.progress.note("an engine died; it is started anew and the rollout repeated")
-            self._push()
-        return merge(self.ranks.gather(own))
+        new = self._next_tasks([])
+
+        def roll_out() -> Collection:
+            tasks = self._next_tasks(new)
+            own = self.collector.collect_step(
+                tasks,
+                rollout.group_size,
+                step=step,
+                num_groups=len(self.ranks.share(rollout.prompts_per_step)),
+                first_uid=self.started_groups * rollout.group_size,
+                # A rank that returns no groups would hold those it started for ever.
+                share=self.ranks.share(len(tasks), rollout.prompts_per_step),
+            )
+            started.append(len(tasks))
+            return merge(self.ranks.gather(own))
+
+        started: list[int] = []
+        collection = self._with_engine(roll_out)
+        self.started_groups += started[-1]
+        return collection
+
+    def _next_tasks(self, chosen: list[Task]) -> list[Task]:
+        """Complete the tasks to start in this step, with those that were started before and lost, then with new ones.
+
+        They were lost with a process that ended before the checkpoint which is resumed, or with an engine that died.
+        """
+        count = self.collector.wanted(self.config.rollout.prompts_per_step) - len(chosen)
+        again, self._unfinished = self._unfinished[:count], self._unfinished[count:]
+        return again + chosen + self.prompts.next(count - len(again))
+
+    def _with_engine(self, roll_out: Callable[[], T]) -> T:
+        """Return `roll_out()`. If an engine died meanwhile, it is started anew and the work done again, once."""
+        held = self.collector.pending_tasks()
+        with self._parked():
+            result = roll_out()
+        if not self.ranks.any(not self.engine.alive):
+            return result
+        self.progress.note("an engine died; it is started anew and the rollout repeated")
+        self._unfinished = [task for part in self.ranks.gather(held) for task in part] + self._unfinished
+        self.collector.drop()
+        self._push()
+        with self._parked():
+            return roll_out()
 
     def _rows(self, groups: list[Group], mu: float, metrics: StepMetrics) -> list[Row]:
         """Rewards, advantages and filters, in this order: what is filtered still counts in its group's mean."""

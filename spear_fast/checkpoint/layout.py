@@ -2,7 +2,7 @@
 
 checkpoints/latest                 text: the name of the checkpoint to resume from
 checkpoints/step_000040/           one checkpoint, complete when every file of its manifest has its size
-    manifest.json                  {"format": 1, "step": 40, "files": {"trainer.json": 123, ...}}
+    manifest.json                  {"format": 2, "step": 40, "files": {"trainer.json": 123, ...}}
     <name>.pt                      tensors and numbers, torch.save
     <name>.npz                     numpy arrays, no pickle
     <name>.json                    plain values
@@ -19,7 +19,8 @@ from pathlib import Path
 
 POINTER = "latest"
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""1 held the whole policy and optimizer in one file each."""
 TEMPORARY_PREFIX = ".saving-"
 OLD_SUFFIX = ".old"
 

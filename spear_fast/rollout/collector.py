@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
 from spear_fast.envs.base import TaskSet
 from spear_fast.envs.threads import threads_left
+from spear_fast.errors import EngineError
 from spear_fast.rollout.collection import Collection
 from spear_fast.rollout.engine import Engine
 from spear_fast.rollout.episode import Chat, Episode, EpisodeLimits, Sampler
@@ -104,6 +105,9 @@ class Collector:
         """Return this rank's tasks that were started and whose groups no step has returned: none."""
         return []
 
+    def drop(self) -> None:
+        """Forget every group that was started and not returned; their tasks are lost unless the caller has them."""
+
     def close(self) -> None:
         """End the event loop."""
         self._runner.close()
@@ -141,14 +145,22 @@ class Collector:
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run the event loop until `work` is done, with the engine awake."""
-        self._engine.wake()
+        self._switch(self._engine.wake)
         try:
             self._runner.run(work)
         except BaseException:
             self._give_up()
             raise
         finally:
-            self._engine.sleep()
+            self._switch(self._engine.sleep)
+
+    def _switch(self, action: Callable[[], None]) -> None:
+        """Wake or put to sleep; an engine that died does neither, and its trajectories tell so by their status."""
+        try:
+            action()
+        except EngineError:
+            if self._engine.alive:
+                raise
 
     def _give_up(self) -> None:
         self._engine.abort()

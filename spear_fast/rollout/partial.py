@@ -162,8 +162,11 @@ class PartialCollector(Collector):
             self._is_paused = True
         await self._gate.nobody_at_large()
 
+    def drop(self) -> None:
+        """Forget every group that was started and not returned; ask `pending_tasks` for them before the step."""
+        self._give_up()
+
     def _give_up(self) -> None:
-        """Drop every trajectory after a failure; their tasks are lost unless `pending_tasks` was asked before."""
         super()._give_up()
         self._held.clear()
         self._is_filled = self._is_paused = False

@@ -187,8 +187,8 @@ def test_missing_damaged_and_newer_parts(tmp_path):
     (path / "trainer.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.values("trainer")
-    (path / layout.MANIFEST).write_text('{"format": 2, "step": 10, "files": {}}')
-    with pytest.raises(CheckpointError, match="format 2"):
+    (path / layout.MANIFEST).write_text('{"format": 1, "step": 10, "files": {}}')
+    with pytest.raises(CheckpointError, match="format 1"):
         load_latest(tmp_path)
 
 
