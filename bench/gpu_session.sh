@@ -14,6 +14,7 @@
 #
 # SESSION_SECONDS  time for everything (1500); a part that would start later is left out
 # ENGINE_WHEELS    folder with the wheels of bench/gpu_requirements.txt, where vLLM is not installed
+# COLOCATED_RUNS   which runs of `colocated` (sleep2 sleep1 process)
 # COLOCATED_SET    settings for `colocated`, e.g. "engine.enforce_eager=true"
 # PEER_WHEELS      folder with wheels of the projects to compare with; without it they are reported as not installed
 # RESULTS_ROOT     where the folder named after the GPU is made (bench/results)
@@ -137,9 +138,12 @@ colocated() {
 if wanted colocated; then
   echo "== speed of engine and trainer on one GPU"
   if [[ -n $colocated_ok ]]; then
-    colocated sleep2 --mode sleep2 --set engine.placement=inproc
-    colocated sleep1 --mode sleep1 --set engine.placement=inproc
-    colocated process --mode sleep2 --set engine.placement=process
+    for name in ${COLOCATED_RUNS:-sleep2 sleep1 process}; do
+      case $name in
+        process) colocated process --mode sleep2 --set engine.placement=process ;;
+        *) colocated "$name" --mode "$name" --set engine.placement=inproc ;;
+      esac
+    done
   else
     echo "left out: its tests failed"
   fi
