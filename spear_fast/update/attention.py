@@ -128,10 +128,22 @@ def _bucket_attention(
     if before or (window is not None and keys > window):
         band = query.new_ones((queries, keys), dtype=torch.bool).tril(before)
         band = band if window is None else band.triu(before + 1 - window)
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1 and not _takes_fewer_keys(query.device.type, query.dtype, query.shape[-1], masked=band is not None):
+        key, value = (heads.repeat_interleave(repeat, dim=1) for heads in (key, value))
+        repeat = 1
     output = F.scaled_dot_product_attention(
-        query, key, value, band, is_causal=band is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, band, is_causal=band is None, scale=scale, enable_gqa=repeat > 1
     )
     return output.transpose(1, 2).flatten(0, 1)
+
+
+def _takes_fewer_keys(device: str, dtype: torch.dtype, head_dim: int, *, masked: bool) -> bool:
+    """Whether SDPA has a kernel for fewer heads of keys than of queries that never holds all scores.
+
+    On CUDA that is flash attention alone, which takes no mask (torch's documentation of scaled_dot_product_attention).
+    """
+    return device != "cuda" or (not masked and dtype in (torch.float16, torch.bfloat16) and head_dim <= 256)
 
 
 def _flash_packed(

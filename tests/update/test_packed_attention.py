@@ -265,3 +265,30 @@ def test_model_allocates_nothing_of_the_order_of_t_squared(policy, new_rows, len
         policy.hidden_states(batch).sum().backward()
     tokens, widest = sum(lengths), 48
     assert tokens * widest <= largest.numel <= 1.25 * tokens * widest < tokens**2 / 50
+
+
+def test_heads_of_keys_are_repeated_where_no_kernel_takes_fewer(monkeypatch):
+    """On CUDA, SDPA would hold all scores of a masked bucket."""
+    segments = segments_of([(9, [4, 6]), (12, [])])
+    query, key, value = random_qkv(int(segments.length.sum()))
+    plan, passes = plan_attention(segments, "cpu"), []
+    for few in (True, False):
+        monkeypatch.setattr(attention, "_takes_fewer_keys", lambda *_, few=few, **__: few)
+        output = packed_attention(query, key, value, plan, window=5)
+        passes.append((output, *torch.autograd.grad(output.square().sum(), (query, key, value))))
+    for grouped, repeated in zip(*passes, strict=True):
+        torch.testing.assert_close(repeated, grouped)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "masked", "takes"),
+    [
+        ("cuda", torch.bfloat16, 128, False, True),
+        ("cuda", torch.bfloat16, 128, True, False),
+        ("cuda", torch.float32, 128, False, False),
+        ("cuda", torch.bfloat16, 512, False, False),
+        ("cpu", torch.float32, 512, True, True),
+    ],
+)
+def test_which_kernels_take_fewer_heads_of_keys(device, dtype, head_dim, masked, takes):
+    assert attention._takes_fewer_keys(device, dtype, head_dim, masked=masked) == takes
