@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.end_to_end.test_ranks import ROOT, SPEAR, assert_same_run, run, training_lines
+from tests.end_to_end.test_ranks import ROOT, SPEAR, assert_same_run, config_file, run_here, training_lines
 
 
 def test_two_nodes_make_the_run_of_one_process(tmp_path: Path) -> None:
     """Launched as docs/launch.md says; the first node has the main rank and prints, the second is silent."""
-    alone = run(tmp_path, 1, "name=alone", "steps=2")
+    alone = run_here(tmp_path, "name=alone", "steps=2")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -29,10 +29,10 @@ def test_two_nodes_make_the_run_of_one_process(tmp_path: Path) -> None:
 
 
 def start_node(out: Path, node: int, port: int, *overrides: str) -> subprocess.Popen[str]:
-    """Start the agent of a node with one rank; `run` has left the configuration in `out`."""
+    """Start the agent of a node with one rank."""
     launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     meeting = ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    train = ["-m", "spear_fast.cli", "train", str(out / "guess.yaml"), f"out={out}", *SPEAR, *overrides]
+    train = ["-m", "spear_fast.cli", "train", str(config_file(out)), f"out={out}", *SPEAR, *overrides]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.Popen(
         [sys.executable, *launcher, *meeting, *train, "log.progress=plain"],
