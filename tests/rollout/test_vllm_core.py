@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm
+import vllm.envs
 import vllm.logprobs
 
 from spear_fast.errors import EngineError, MissingDependencyError
@@ -149,7 +150,9 @@ def test_other_versions_are_refused(monkeypatch, version):
 @pytest.mark.parametrize("version", ["0.24.0", "0.32.0+cpu", "0.33.1rc1"])
 def test_known_versions_are_taken(monkeypatch, version):
     monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
     vllm_compat.import_vllm()
+    assert not vllm.envs.VLLM_USE_FLASHINFER_SAMPLER
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
