@@ -186,6 +186,14 @@ def test_resume_refuses_what_would_change_the_computation(tmp_path):
         Trainer(config_of(tmp_path, "name=other"), Progress(1, "other"), resume=True)
 
 
+def test_resume_may_change_where_and_how_the_same_is_computed(tmp_path):
+    whole, _ = run(config_of(tmp_path, "steps=2", "name=whole"))
+    run(config_of(tmp_path, "steps=1", "name=parts"))
+    elsewhere = ["memory.mode=offload", "engine.verify_weights=first", "parallel.timeout_s=60", "model.attention=sdpa"]
+    parts, _ = run(config_of(tmp_path, "steps=2", "name=parts", *elsewhere), resume=True)
+    assert without_times(parts)[-2:] == without_times(whole)[-2:]
+
+
 def test_stale_engine_weights_stop_the_run(tmp_path, monkeypatch):
     from spear_fast.rollout.hf_engine import HFEngine
 
