@@ -99,8 +99,9 @@ def _all_present() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        reason = str(error).split(". ", 1)[0]
         raise RankError(
-            f"another rank of this job ended or hangs; its own message says why. Resume once that is mended ({error})"
+            f"another rank of this job ended or hangs; its own message says why. Resume once that is mended ({reason})"
         ) from error
 
 
