@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed import distributed_c10d as c10d
 
 from spear_fast.errors import ConfigError, EngineError, MissingDependencyError
+from spear_fast.rollout.vllm_isolation import plain_environment
 
 OLDEST, NEWEST = (0, 24), (0, 33)
 _NEEDED = {"model", "skip_tokenizer_init", "max_model_len", "max_num_seqs", "logprobs_mode", "kv_cache_memory_bytes"}
@@ -79,7 +80,8 @@ def import_vllm() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # It is of no use to processed log-probs, and without flashinfer some versions would not start.
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    import vllm
+    with plain_environment():  # the import alone limits the threads that torch.compile may use
+        import vllm
 
     version = str(getattr(vllm, "__version__", "unknown"))
     try:

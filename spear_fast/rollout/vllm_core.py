@@ -118,9 +118,9 @@ class VllmCore:
         self._weights_asleep = self._cache_asleep = False
         with kept_rng(self._device), own_process_group():
             vllm_compat.import_vllm()
-            vllm_compat.check_model(settings)
             # A KV size in the environment would override the one in bytes.
             with plain_environment("VLLM_CPU_KVCACHE_SPACE"):
+                vllm_compat.check_model(settings)
                 try:
                     self._llm = vllm_compat.build_engine(settings, local_rank)
                 except EngineError:
