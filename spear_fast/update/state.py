@@ -27,7 +27,7 @@ def training_tensors(policy: PackedModel, optimizer: Optimizer) -> dict[str, tor
             continue
         state = adamw.state[parameter]
         if not state:
-            # The count of steps is the optimizer's own number, put in by `Optimizer.set_steps`.
+            # The count of steps is the optimizer's own number, put in by `set_steps`.
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state |= {moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS}
         tensors[f"weight.{name}"] = parameter.detach()

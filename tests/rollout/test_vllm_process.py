@@ -87,10 +87,12 @@ def rank_with_an_engine(rank: int, folder: str) -> None:
     dist.all_reduce(total, group=fresh)
     assert total.item() == 6 and dist.group.WORLD is group
     dist.destroy_process_group()
+    Path(folder, f"rank-{rank}-done").touch()
 
 
 def test_each_of_two_ranks_has_its_own_engine(tmp_path):
     torch.multiprocessing.spawn(rank_with_an_engine, (str(tmp_path),), nprocs=2)
+    assert {path.name for path in tmp_path.glob("rank-*-done")} == {"rank-0-done", "rank-1-done"}
 
 
 def test_a_bucket_carries_tensors_of_every_type_and_says_when_it_is_full():
