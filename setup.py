@@ -35,6 +35,7 @@ EXTRAS = {
     "flash": ["flash-attn"],
     "liger": ["liger-kernel"],
     "lora": ["peft"],
+    "trl": ["trl>=1.16"],
     "gpu": ["nvidia-ml-py"],
     "dev": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "pyright", "pre-commit", "build"],
 }

@@ -27,6 +27,7 @@ RANKS = {
     **dict.fromkeys(("cold_start", "evaluate", "learner"), 5),
     "trainer": 6,
     "cli": 7,
+    "integrations": 7,
     "__main__": 8,
 }
 """Parts of spear_fast; a part imports lower ranks only. A new file at the top or a new folder needs a line here."""
@@ -41,6 +42,7 @@ LOG_READERS = {"trainer", "cli"}
 
 FENCES = {
     "transformers": (
+        "integrations/",
         "data/chat.py",
         "data/tokenizer.py",
         "update/model.py",
@@ -53,6 +55,8 @@ FENCES = {
     "matplotlib": ("log/plot.py",),
     "vllm": ("rollout/vllm_compat.py",),
     "peft": ("update/lora.py",),
+    "trl": ("integrations/trl.py", "integrations/trl/"),
+    "verl": ("integrations/verl.py", "integrations/verl/"),
     "liger_kernel": ("update/liger.py",),
     "pynvml": ("memory/readings.py",),
     "yaml": ("config/",),
@@ -66,7 +70,7 @@ TRITON_FILES = ("kernel.py", "counted_kernel.py", "launch.py", "tile.py", "compi
 
 HEAVY = (
     "jinja2", "matplotlib", "pyarrow", "pydantic", "pydantic_core", "reasoning_gym", "rich", "safetensors",
-    "tensorboard", "tokenizers", "transformers", "triton", "vllm", "wandb", "yaml",
+    "tensorboard", "tokenizers", "transformers", "triton", "trl", "verl", "vllm", "wandb", "yaml",
 )  # fmt: skip
 """What the two packages must not need on import: all but torch and what torch itself may load."""
 
