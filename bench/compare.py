@@ -21,6 +21,8 @@ FIELDS = {"median_s": "time", "peak_extra_bytes": "memory", "bytes_per_trajector
 """What is compared, in all of it less is better, and how it is called."""
 LABELS = ("level", "title", "name", "workload", "size", "operator", "loss", "engine")
 """Fields that tell the elements of a list apart; the others may be measurements."""
+CONTAINERS = ("cases", "contenders", "rows")
+"""Keys that are left out of a row's place."""
 NEVER_WALKED = ("machine", "settings", "gpus_after", "times_s", "errors", "gate")
 
 
@@ -148,7 +150,7 @@ def _records(value: Any, place: Place) -> Iterator[tuple[Place, dict[str, Any]]]
         yield place, value
         for key, inner in value.items():
             if key not in NEVER_WALKED and isinstance(inner, dict | list):
-                yield from _records(inner, place if isinstance(inner, list) else (*place, key))
+                yield from _records(inner, place if key in CONTAINERS else (*place, key))
     elif isinstance(value, list):
         labels = [_label(inner) if isinstance(inner, dict) else "" for inner in value]
         for index, inner in enumerate(value):
@@ -182,7 +184,7 @@ def _print(rows: list[Row], args: argparse.Namespace) -> None:
 def _value(value: float | None, field: str) -> str:
     if value is None:
         return ""
-    return f"{1e3 * value:.3g} ms" if field.endswith("_s") else f"{value / 2**20:.3g} MiB"
+    return f"{1e3 * value:,.2f} ms" if field.endswith("_s") else f"{value / 2**20:,.2f} MiB"
 
 
 if __name__ == "__main__":
