@@ -9,6 +9,7 @@ from spear_kernels.group_advantage import group_advantages
 from spear_kernels.linear_logprob import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES, linear_logprob
 from spear_kernels.linear_policy_loss import linear_policy_loss
 from spear_kernels.logprob import logprob
+from spear_kernels.modules import PolicyHead, PolicyInputs, PolicyOutput, replace_lm_head, restore_lm_head
 from spear_kernels.policy_loss import PolicyLossConfig, join_metrics, policy_loss
 from spear_kernels.recalibrate import Recalibrated, median, recalibrate, recalibrated_advantages, scaled_advantages
 from spear_kernels.repetition import max_ngram_counts
@@ -22,8 +23,11 @@ __all__ = [
     "DEVICE_CHUNK_BYTES",
     "LinearPolicyLossResult",
     "LogProbs",
+    "PolicyHead",
+    "PolicyInputs",
     "PolicyLossConfig",
     "PolicyLossResult",
+    "PolicyOutput",
     "Recalibrated",
     "SegmentStats",
     "covariance_metrics",
@@ -39,7 +43,9 @@ __all__ = [
     "policy_loss",
     "recalibrate",
     "recalibrated_advantages",
+    "replace_lm_head",
     "resolve_backend",
+    "restore_lm_head",
     "scaled_advantages",
     "segment_index",
     "segment_rank",
