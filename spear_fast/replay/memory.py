@@ -9,7 +9,8 @@ import numpy as np
 from ..errors import CheckpointError, ConfigError
 from ..types import Group, Row
 from .baseline import BaselineQueue, group_statistics
-from .buffer import ReplayBuffer, mean_advantage
+from .blocks import Block
+from .buffer import ReplayBuffer
 from .recalibrate import Mode, recalibrate_by_median, with_constant_advantage, with_scaled_advantages
 from .rules import admits, draw_indices, is_fresh, is_ripe
 
@@ -63,10 +64,14 @@ class ReplayMemory:
         unknown = [row.uid for row in rows if row.uid not in trajectories]
         if unknown:
             raise ValueError(f"rows uid={unknown[:5]} have no trajectory in the groups; offer both of the same step")
-        admitted = [row for row in rows if admits(trajectories[row.uid], mean_advantage(row), self._require_tool_call)]
-        self._buffer.push(admitted)
+        block = Block.of_rows(rows)
+        admitted = [
+            admits(trajectories[row.uid], advantage, self._require_tool_call)
+            for row, advantage in zip(rows, block.rows["advantage"].tolist(), strict=True)
+        ]
+        self._buffer.add(block.keep(np.array(admitted, dtype=bool)))
         return {
-            "replay/admitted": float(len(admitted)),
+            "replay/admitted": float(sum(admitted)),
             "replay/size": float(len(self._buffer)),
             "replay/storage_bytes": float(self._buffer.num_bytes),
         }

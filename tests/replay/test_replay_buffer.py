@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from spear_fast.errors import CheckpointError, ConfigError
 from spear_fast.replay.baseline import BaselineQueue, group_statistics
 from spear_fast.replay.buffer import ReplayBuffer
-from spear_fast.replay.columns import Column
 from spear_fast.types import Group, Row, Status, Task, Trajectory
 
 TASK = Task("calculator", "train", 0, seed=0)
@@ -93,13 +92,34 @@ def test_memory_is_counted_and_freed() -> None:
     assert (len(buffer), buffer.num_bytes) == (0, 0)
 
 
-def test_a_column_copies_a_logarithmic_number_of_times() -> None:
-    column, capacities = Column(np.int64), set()
-    for value in range(5000):
-        column.extend(np.array([value]))
-        capacities.add(column._array.nbytes)
-    assert column.values.tolist() == list(range(5000))
-    assert len(capacities) <= 15
+def test_pushing_and_evicting_whole_steps_moves_nothing() -> None:
+    buffer = ReplayBuffer()
+    for version in range(4):
+        buffer.push([make_row(uid, version, []) for uid in range(version + 1)])
+    held = [block.tokens["tokens"] for block in buffer._blocks]
+    buffer.keep(buffer.versions >= 2)
+    buffer.push([make_row(9, 4, [])])
+    kept = [block.tokens["tokens"] for block in buffer._blocks]
+    assert [kept[0] is held[2], kept[1] is held[3], len(kept)] == [True, True, 3]
+
+
+def test_weights_of_one_take_no_memory() -> None:
+    buffer, restored = ReplayBuffer(), ReplayBuffer()
+    buffer.push([make_row(uid, 0, [], weighted=False) for uid in range(50)])
+    assert buffer.num_bytes == 50 * (13 + 48)
+    assert buffer.state_dict()["weight"].tolist() == [1.0] * 50
+    restored.load_state_dict(buffer.state_dict())
+    assert restored.num_bytes == buffer.num_bytes
+    assert restored.take(np.array([7]))[0].weight is None
+
+
+def test_a_loaded_buffer_does_not_change_with_the_state() -> None:
+    buffer = ReplayBuffer()
+    buffer.push([make_row(1, 1, [])])
+    state = buffer.state_dict()
+    buffer.load_state_dict(state)
+    state["advantages"][:] = 9
+    assert buffer.take(np.array([0]))[0].advantages.tolist() == [0.75]
 
 
 def test_rows_that_cannot_be_replayed_are_refused() -> None:
