@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from spear_kernels.modules.logit_scale import LogitScale, found, probe_logits
 from spear_kernels.policy_loss import PolicyLossConfig
 
 _WRAPPERS = "pass the model itself, before DistributedDataParallel, fully_shard or torch.compile wrap it"
+
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,15 @@ class PolicyHead(nn.Linear):
 class _Tap(nn.Module):
     """Stands where the head is while the backbone runs: keeps the hidden states and returns next to no logits."""
 
-    def __init__(self, watched: bool) -> None:
+    def __init__(self, head: nn.Module, watched: bool) -> None:
         super().__init__()
         self.watched = watched
         self.hidden: torch.Tensor | None = None
+        object.__setattr__(self, "head", head)
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models ask their head for its weight's type.
+        return getattr(self.__dict__["head"], name)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         self.hidden = hidden
@@ -175,7 +183,7 @@ class PolicyForward:
 
     def _backbone(self, args: Any, kwargs: Any, rows: LabelledRows) -> tuple[torch.Tensor, Any]:
         """What the model feeds its head, [B, L, H], and what it returns for next to no logits."""
-        tap = _Tap(watched=self.settings.scale is None)
+        tap = _Tap(self._slot(), watched=self.settings.scale is None)
         with self._in_place_of_the_head(tap):
             output = self.plain(*args, **kwargs)
         hidden = tap.hidden
@@ -216,7 +224,7 @@ class PolicyForward:
 
 
 def replace_lm_head(
-    model: nn.Module,
+    model: Model,
     *,
     temperature: float = 1.0,
     chunk_bytes: int | None = None,
@@ -224,7 +232,7 @@ def replace_lm_head(
     vocab_size: int | None = None,
     logit_scale: float | None = None,
     softcap: float | None = None,
-) -> nn.Module:
+) -> Model:
     """Let a transformers causal model return log-probs or a policy loss of labels; change it in place and return it.
 
     Parameters, their names, logits and `generate` stay as they are. Two arguments are added to the model's call:
@@ -272,7 +280,7 @@ def replace_lm_head(
     return model
 
 
-def restore_lm_head(model: nn.Module) -> nn.Module:
+def restore_lm_head(model: Model) -> Model:
     """Undo `replace_lm_head`, in place; weights trained in between stay.
 
     Raises:
@@ -323,7 +331,7 @@ def _linear_head(model: nn.Module) -> tuple[str, nn.Linear]:
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise ValueError(
             f"the head {path} is a {type(head).__name__}, not a plain nn.Linear; quantized heads and adapters on the "
-            "head itself are not supported"
+            "head itself are not supported, and PEFT's modules_to_save only after replace_lm_head"
         )
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         raise ValueError(f"the head {path} has hooks of its own, which would be lost; remove them and set them after")

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-"""Names under which configurations hold what logits are multiplied by."""
-DIVISORS = ("logits_scaling", "logits_scale")
-"""Names under which they hold what logits are divided by."""
+FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""Names under which configurations hold what logits are multiplied or divided by: Granite and HyperCLOVA X differ."""
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 PROBE = (-60.0, -7.0, -0.5, 0.0, 0.25, 3.0, 40.0)
 """Logits that are told apart by any factor and soft-cap; exact in bfloat16."""
@@ -40,10 +38,9 @@ def found(config: Any, returned: torch.Tensor) -> LogitScale:
         ValueError: none do.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    values = {name: getattr(text, name, None) for name in (*FACTORS, *DIVISORS, *SOFTCAPS)}
+    values = {name: getattr(text, name, None) for name in (*FACTORS, *SOFTCAPS)}
     values = {name: float(value) for name, value in values.items() if isinstance(value, int | float) and value}
-    factors = [1.0, *(values[name] for name in FACTORS if name in values)]
-    factors += [1.0 / values[name] for name in DIVISORS if name in values]
+    factors = [1.0, *(factor for name in FACTORS if name in values for factor in (values[name], 1 / values[name]))]
     softcaps = [None, *(values[name] for name in SOFTCAPS if name in values)]
     expected = torch.tensor(PROBE, dtype=torch.float64)
     actual = returned.detach().reshape(-1)[: len(PROBE)].cpu().double()
