@@ -1,0 +1,158 @@
+"""The policy loss of one optimizer step in micro-batches: denominators and covariance choice first, then each loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from spear_kernels import (
+    PolicyInputs,
+    PolicyLossConfig,
+    covariance_metrics,
+    covariance_select,
+    join_metrics,
+    policy_loss,
+)
+
+from .batches import TokenBatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Metrics = dict[str, torch.Tensor]
+
+
+@dataclass
+class StepPlan:
+    """What the micro-batches of one optimizer step share."""
+
+    cfg: PolicyLossConfig
+    counts: torch.Tensor  # float64 [2]: action tokens and sequences of all ranks, divided by the number of ranks
+    seed: int
+    selected: list[torch.Tensor] | None
+    """Per micro-batch the tokens that Clip-Cov or KL-Cov chose, bool [B, L]; None: not needed, or left to the loss."""
+    covariance: Metrics
+
+
+@dataclass
+class ExtraTerms:
+    """TRL's terms outside the surrogate; either one needs log-probs with a graph, so they exclude the one-shot loss."""
+
+    entropy_coef: float = 0.0
+    aux_coef: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, already divided by the number of micro-batches."""
+
+    @property
+    def any(self) -> bool:
+        return self.entropy_coef != 0.0 or self.aux_coef != 0.0
+
+
+def plan_step(
+    model: Any, batches: Sequence[TokenBatch], cfg: PolicyLossConfig, stats: str, accelerator: Accelerator, seed: int,
+    logps: Sequence[torch.Tensor] | None = None,
+) -> StepPlan:  # fmt: skip
+    """Count all ranks' tokens and, for the covariance losses, choose tokens over all micro-batches and ranks.
+
+    The choice needs the log-probs under the present weights: `logps` [B, L] of each batch if they are known, else one
+    more forward pass; a batch without `old_logp` then gets these as its own. With stats="microbatch", and where there
+    is one micro-batch on one rank, the loss chooses by itself.
+    """
+    counts = torch.stack([batch.counts() for batch in batches]).sum(0)
+    counts = accelerator.reduce(counts, reduction="sum") / accelerator.num_processes
+    several = len(batches) > 1 or accelerator.num_processes > 1
+    if not cfg.uses_covariance or stats == "microbatch" or not several:
+        return StepPlan(cfg, counts, seed, None, {})
+    if logps is None:
+        with torch.no_grad(), accelerator.autocast():
+            logps = [_score(model, batch).logp for batch in batches]
+    for batch, logp in zip(batches, logps, strict=True):
+        batch.old_logp = logp if batch.old_logp is None else batch.old_logp
+
+    def all_of(values: Sequence[Any]) -> torch.Tensor:
+        return torch.cat([batch.tokens(value) for batch, value in zip(batches, values, strict=True)])
+
+    group = dist.group.WORLD if accelerator.num_processes > 1 else None
+    logp, advantages = all_of(logps), all_of([batch.advantages for batch in batches])
+    chosen = covariance_select(
+        logp,
+        all_of([batch.old_logp for batch in batches]),
+        advantages,
+        None,
+        cfg,
+        all_of([batch.uid for batch in batches]),
+        seed,
+        positions=all_of([batch.positions for batch in batches]),
+        group=group,
+    )
+    parts = chosen.split([int(batch.mask.sum()) for batch in batches])
+    selected = [
+        torch.zeros_like(batch.mask).masked_scatter(batch.mask, part)
+        for batch, part in zip(batches, parts, strict=True)
+    ]
+    return StepPlan(cfg, counts, seed, selected, covariance_metrics(logp, advantages, None, group=group))
+
+
+def micro_batch_loss(
+    model: Any, batch: TokenBatch, plan: StepPlan, index: int, extra: ExtraTerms | None = None
+) -> tuple[torch.Tensor, Metrics, torch.Tensor]:
+    """The share of micro-batch `index` in the step's loss, its metrics, and detached log-probs [B, L].
+
+    Averaged over ranks, as DDP and FSDP do, the shares add up to the loss of the whole step. Where `old_logp` is known
+    and `extra` empty, `linear_policy_loss` does everything in one sweep; else log-probs come first.
+    """
+    selected = None if plan.selected is None else plan.selected[index]
+    num_tokens, num_seqs = plan.counts.unbind()
+    if batch.old_logp is not None and (extra is None or not extra.any):
+        inputs = PolicyInputs(
+            batch.labels, batch.old_logp, batch.advantages, plan.cfg, seq_ids=batch.uid, positions=batch.positions,
+            ref_logp=batch.ref_logp, row_weight=batch.row_weight, selected=selected, num_tokens=num_tokens,
+            num_seqs=num_seqs, seed=plan.seed,
+        )  # fmt: skip
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, policy_inputs=inputs)
+        return output.loss, output.metrics, output.logp
+    extra = extra or ExtraTerms()
+    output = _score(model, batch, with_router=extra.aux_coef != 0.0)
+    old_logp = output.logp.detach() if batch.old_logp is None else batch.old_logp
+    given = {"ref_logp": batch.ref_logp, "row_weight": batch.row_weight, "selected": selected}
+    optional: dict[str, Any] = {name: batch.tokens(value) for name, value in given.items() if value is not None}
+    result = policy_loss(
+        batch.tokens(output.logp),
+        batch.tokens(old_logp),
+        batch.tokens(batch.advantages),
+        None,
+        plan.cfg,
+        batch.tokens(batch.uid),
+        batch.tokens(output.entropy),
+        seed=plan.seed,
+        positions=batch.tokens(batch.positions),
+        num_tokens=num_tokens,
+        num_seqs=num_seqs,
+        **optional,
+    )
+    loss = result.loss
+    if extra.entropy_coef:
+        loss = loss - extra.entropy_coef * output.entropy.sum() / num_tokens.clamp(min=1)
+    if extra.aux_coef:
+        loss = loss + extra.aux_coef * output.aux_loss
+    return loss, result.metrics, output.logp.detach()
+
+
+def joined(parts: Sequence[Metrics], accelerator: Accelerator) -> dict[str, float]:
+    """Metrics of the step from those of its micro-batches, over all ranks; waits for the device once.
+
+    `loss` and `policy_loss` are divided by the number of ranks, since their denominators were multiplied by it.
+    """
+    own = join_metrics(parts)
+    table = accelerator.gather(torch.stack([value.float() for value in own.values()])[None])
+    total = join_metrics([dict(zip(own, row.unbind(), strict=True)) for row in table])
+    values = dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))
+    return {name: value / len(table) if name in ("loss", "policy_loss") else value for name, value in values.items()}
+
+
+def _score(model: Any, batch: TokenBatch, with_router: bool = False) -> Any:
+    router = {"output_router_logits": True} if with_router else {}
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logp_labels=batch.labels, **router)

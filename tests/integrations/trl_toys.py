@@ -1,0 +1,91 @@
+"""A model, tokenizer, prompts and hand-made batches small enough that a run of TRL takes a second."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# Before trl is imported: it reports its use otherwise.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from spear_fast.data.tokenizer import train_tokenizer
+
+VOCAB = 290
+PROMPTS = ["abc", "hello there", "x y z", "q"]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer(["abc hello"], VOCAB)
+
+
+def tiny_model(seed: int = 0, **options: Any) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        **options,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def prompts() -> Dataset:
+    return Dataset.from_dict({"prompt": PROMPTS * 8})
+
+
+def settings(folder: Path, **options: Any) -> dict[str, Any]:
+    """Arguments of GRPOConfig for a quiet run on the CPU."""
+    return {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        **options,
+    }
+
+
+def batch(seed: int, rows: int = 4, prompt: int = 5, completion: int = 7, *, tools: bool = False) -> dict[str, Any]:
+    """What TRL's `_compute_loss` is given: left-padded prompts [B, P], right-padded completions [B, C]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def lengths(most: int) -> torch.Tensor:
+        return torch.randint(2, most + 1, (rows, 1), generator=generator)
+
+    place, words = torch.arange(completion), torch.randint(3, VOCAB, (rows, prompt + completion), generator=generator)
+    mask = (place < lengths(completion)).long()
+    inputs = {
+        "prompt_ids": words[:, :prompt],
+        "prompt_mask": (torch.arange(prompt) >= prompt - lengths(prompt)).long(),
+        "completion_ids": words[:, prompt:],
+        "completion_mask": mask,
+        "advantages": random(rows),
+        "old_per_token_logps": -5.7 + 0.3 * random(rows, completion),
+        "ref_per_token_logps": -5.7 + 0.3 * random(rows, completion),
+    }
+    if tools:
+        inputs["tool_mask"] = torch.where((place == 1) | (place == 2), 0, 1).repeat(rows, 1)
+    inputs["num_items_in_batch"] = (mask * inputs.get("tool_mask", 1)).sum() * 2
+    return inputs
