@@ -20,6 +20,7 @@ Column = tuple[str, Callable[[Row], str]]
 
 STATUSES = ("measured", "missing", "failed", "refused")
 _REASON_CHARS = 300
+_FILE_WIDTH = 120
 
 
 def measured(times: Sequence[float], **more: Any) -> Row:
@@ -74,6 +75,8 @@ def show(result: Mapping[str, Any], columns: Sequence[Column]) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
     for case in result["cases"]:
         used = _used(case, columns)
         table = Table(title=case["name"], title_justify="left")
