@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config import HFModelConfig
 
+import spear_fast.integrations.verl as integration
 from spear_fast.errors import ConfigError
 from spear_fast.integrations.verl import patch_fused_head
+from tests.verl.batches import actor
 
+ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 
 
@@ -133,6 +140,47 @@ def test_a_second_patch_and_shapes_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ConfigError, match=r"input_ids \(3,\)"):
             FusedLinearForPPO().forward(torch.zeros(4, 8), torch.zeros(9, 8), torch.zeros(3, dtype=torch.long))
     patch_fused_head().undo()
+
+
+def test_results_are_no_views_of_which_fsdp2_warns() -> None:
+    with patch_fused_head():
+        results = FusedLinearForPPO().forward(torch.ones(2, 3, 4), torch.ones(9, 4, requires_grad=True), IDS[:, :3])
+    assert not any(result._is_view() for result in results)
+
+
+def test_a_sharded_head_is_refused_with_a_remedy() -> None:
+    """FSDP2 wraps an untied lm_head by itself; verl's own head then fails in the product."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(torch.ones(9, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        arguments = torch.ones(2, 3, 4), weight, IDS[:, :3]
+        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+            FusedLinearForPPO().forward(*arguments)
+        with patch_fused_head(), pytest.raises(ConfigError, match=r"Shard\(dim=0\).*actor.strategy=fsdp"):
+            FusedLinearForPPO().forward(*arguments)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+EXAMPLES = [
+    code
+    for text in (integration.__doc__ or "", *(page.read_text() for page in (ROOT / "docs").glob("*.md")))
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    if "spear_fast.integrations.verl" in code
+]
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_of_the_package_and_of_the_documentation_run(code: str) -> None:
+    model, shape = Qwen2ForCausalLM(tiny_config()), (2, IDS.shape[1] - 1)
+    batch = SimpleNamespace(
+        input_ids=IDS,
+        old_log_prob=torch.full(shape, -4.0),
+        advantages=torch.randn(shape),
+        mask=torch.ones(shape, dtype=torch.bool),
+    )
+    exec(compile(code, "example", "exec"), {"model": model, "batch": batch, "actor": actor()})
+    assert model.lm_head.weight.grad is not None and model.lm_head.weight.grad.any()
 
 
 def test_verls_model_settings_load_the_head(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def patch_fused_head(*, chunk_bytes: int | None = None, backend: str = "auto") -
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # [N, H]
         ids = input_ids.reshape(-1)
         out = linear_logprob(rows, vocab_weights, ids, temperature, chunk_bytes=chunk_bytes, backend=backend)
-        return out.logp.view(input_ids.shape), out.entropy.view(input_ids.shape)
+        # Copies, since an operation in place on a view that leaves a module would lose FSDP2's hook for the backward.
+        return out.logp.view(input_ids.shape).clone(), out.entropy.view(input_ids.shape).clone()
 
     return FusedHeadPatch(owner, forward)
 
