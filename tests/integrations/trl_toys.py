@@ -33,9 +33,8 @@ def tiny_model(seed: int = 0, **options: Any) -> Qwen2ForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=128,
         initializer_range=0.2,
-        **options,
+        **{"max_position_embeddings": 128, **options},
     )
     return Qwen2ForCausalLM(config)
 

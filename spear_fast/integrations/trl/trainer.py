@@ -227,8 +227,9 @@ class SPEARTrainer(LogProbMixin, GRPOTrainer):
         start = self._step % per_round
         window = self._buffered_inputs[start : start + accumulation]
         self._batches, self._parts = [from_inputs(inputs) for inputs in window], []
+        place_in_round = self._step % (per_round * self.num_iterations)
         # What TRL computed after generating is of the present weights until the first optimizer step.
-        fresh = self._step % (per_round * self.num_iterations) == 0
+        fresh = place_in_round == 0
         known = [batch.old_logp for batch in self._batches if batch.old_logp is not None] if fresh else []
         self._plan = plan_step(
             model,
@@ -236,7 +237,7 @@ class SPEARTrainer(LogProbMixin, GRPOTrainer):
             self._on_policy,
             self.spear.cov_stats,
             self.accelerator,
-            derive_seed(self.args.seed, "on-policy", self._finished_rounds, self._step),
+            derive_seed(self.args.seed, "on-policy", self._finished_rounds, place_in_round // accumulation),
             known if len(known) == len(window) else None,
         )
 
