@@ -1,14 +1,77 @@
-"""Settings of the whole test run: Triton's kernels run in its interpreter, unless TRITON_INTERPRET=0 asks for a GPU."""
+"""Settings of the whole test run: interpreted Triton, one thread per process, and an order that keeps workers busy.
+
+Triton's kernels run in its interpreter, unless TRITON_INTERPRET=0 asks for a GPU.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 
 # Triton reads it when it is first imported, which any test may do, through transformers for one.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Every core has a worker already; two threads of OpenMP that wait for each other beside another process take far longer
+# than one. Torch reads it when it is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from hypothesis import settings
 
 # A deadline would be an assertion about time, which a busy machine breaks.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+LONG_FILES = (
+    "tests/integrations/",
+    "tests/end_to_end/test_vllm_run.py",
+    "tests/end_to_end/test_training.py",
+    "tests/rollout/test_vllm_engine.py",
+    "tests/end_to_end/test_ranks.py",
+    "tests/update/test_sharded.py",
+    "tests/ops/test_triton_backend.py",
+    "tests/ops/test_vocab_parallel.py",
+    "tests/test_cli.py",
+    "tests/sync/test_vllm_families.py",
+    "tests/test_bench",
+    "tests/rollout/test_vllm_process.py",
+    "tests/end_to_end/test_two_nodes.py",
+    "tests/update/test_optimizer_step.py",
+    "tests/ops/test_policy_compile.py",
+    "tests/rollout/test_hf_engine.py",
+    "tests/rollout/test_vllm_again.py",
+    "tests/ops/test_cov_select_ranks.py",
+)
+"""Files and folders that take longest, in the order in which workers shall take them up."""
+
+SLOW_IMPORTS = ("torch._dynamo", "torch.distributed.fsdp", "transformers.models.qwen2.modeling_qwen2")
+"""What collecting the tests imports sooner or later in every worker."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # By default xdist hands out the files with the most tests first: those with few tests, which are the longest, would
+    # come last, where nothing is left for the other worker to do.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _import_untraced()
+
+
+def _import_untraced() -> None:
+    """Import what is not ours while nobody records the lines: recording makes imports several times as slow."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        for name in SLOW_IMPORTS:
+            importlib.import_module(name)
+    finally:
+        sys.settrace(tracer)
+
+
+def _turn(item: pytest.Item) -> int:
+    return next((turn for turn, name in enumerate(LONG_FILES) if item.nodeid.startswith(name)), len(LONG_FILES))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from spear_kernels import linear_logprob, linear_policy_loss, logprob
 from spear_kernels.testing import head_problem, head_with_logp, policy_config, policy_problem, run_ranks
+from tests.triton_interpreter import patch_once_per_launch
 
 WORLD = 4
 PAIRS = ((0, 1), (2, 3))
@@ -178,6 +179,7 @@ def refusal(group):
 
 
 def work(rank):
+    patch_once_per_launch()
     pairs = [dist.new_group(list(ranks)) for ranks in PAIRS]
     pair = pairs[0] if rank in PAIRS[0] else pairs[1]
     found = {}
