@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from spear_fast.errors import MissingDependencyError
 from tests.integrations.verl_environment import ROOT, ensure, plan
 
 AT_LEAST = 126
@@ -30,6 +32,11 @@ def test_everything_in_tests_verl_passes_there(request: pytest.FixtureRequest) -
     summary = re.search(r"^(\d+) passed.*$", output, re.MULTILINE)
     assert summary is not None and int(summary[1]) >= AT_LEAST, output
     assert "skipped" not in summary[0], output
+
+
+def test_without_verl_as_here_the_import_names_the_extra() -> None:
+    with pytest.raises(MissingDependencyError, match=r"spear-fast\[verl\]"):
+        importlib.import_module("spear_fast.integrations.verl")
 
 
 def test_pins_that_are_right_here_are_linked_and_others_installed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from spear_fast.errors import ConfigError, MissingDependencyError
+from spear_fast.errors import ConfigError
 from spear_kernels import linear_logprob
 
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -45,11 +45,12 @@ def patch_fused_head(*, chunk_bytes: int | None = None, backend: str = "auto") -
     verl's backend "triton" has another function and stays as it is.
 
     Raises:
-        MissingDependencyError: verl is not installed.
         ConfigError: the head is replaced already. The replaced head raises it for a head that is still sharded, and for
             shapes that do not fit.
     """
-    owner = _fused_linear()
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO  # pyright: ignore[reportMissingImports]
+
+    owner: type = FusedLinearForPPO
     if owner.forward.__module__ == __name__:
         raise ConfigError("verl's FusedLinearForPPO is replaced already; call undo() of that patch first")
 
@@ -70,18 +71,6 @@ def patch_fused_head(*, chunk_bytes: int | None = None, backend: str = "auto") -
         return out.logp.view(input_ids.shape).clone(), out.entropy.view(input_ids.shape).clone()
 
     return FusedHeadPatch(owner, forward)
-
-
-def _fused_linear() -> type:
-    try:
-        from verl.utils.experimental.torch_functional import (  # pyright: ignore[reportMissingImports]
-            FusedLinearForPPO,
-        )
-    except ModuleNotFoundError as error:
-        if error.name != "verl":
-            raise
-        raise MissingDependencyError("verl", "verl", "patch_fused_head") from error
-    return FusedLinearForPPO
 
 
 def _check(hidden_states: torch.Tensor, vocab_weights: torch.Tensor, input_ids: torch.Tensor) -> None:
