@@ -1,7 +1,8 @@
 """Settings of the tests against the real verl, which has an environment of its own, since it cannot share transformers.
 
 tests/integrations/test_verl.py makes that environment and runs this folder there. Where verl is missing, as in the main
-environment, nothing here is collected: what would be skipped is run by that test.
+environment, nothing here is collected: what would be skipped is run by that test. verl's wheel brings a package called
+`tests`; pytest's import mode "importlib" makes `tests.verl` mean this folder all the same.
 """
 
 from __future__ import annotations
