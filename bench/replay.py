@@ -93,15 +93,19 @@ def measured_apart(name: str, load: Load, draw: int, repeats: int) -> dict[str, 
     """Measure one storage in a process of its own, whose memory no other has touched."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            work = payload_copy if name == "payload copy" else measure
-            return pool.submit(work, name, load, draw, repeats).result()
+            return pool.submit(measure_here, name, load, draw, repeats).result()
         except Exception as error:  # the others go on; the row says so
             return {"push": cases.unmeasured(error)}
 
 
+def measure_here(name: str, load: Load, draw: int, repeats: int) -> dict[str, Any]:
+    """Measure one storage in this process, which does nothing else."""
+    gc.disable()  # nothing here has cycles, and a pause would be charged to whoever runs then
+    return payload_copy(load) if name == "payload copy" else measure(name, load, draw, repeats)
+
+
 def measure(name: str, load: Load, draw: int, repeats: int) -> dict[str, Any]:
     """Rows of one storage by operation: filled step by step, then in a steady state, then drawn from and saved."""
-    gc.disable()  # nothing here has cycles, and a pause would be charged to whoever runs then
     storage, steps, times = storages(draw, load.steps - 1, load.longest)[name](), Steps(load), Times()
     before, payload = settled_bytes(CPU), 0
     for index in range(load.steps):
@@ -128,12 +132,11 @@ def measure(name: str, load: Load, draw: int, repeats: int) -> dict[str, Any]:
 
 def fill(storage: Storage, steps: Steps, index: int, times: list[float]) -> int:
     """Push a step and return the bytes of its payload; only the push is timed."""
-    step = steps.make(index)
-    prepared = storage.prepare(step)
+    prepared = storage.prepare(steps.make(index))
     started = time.perf_counter()
     storage.push(prepared)
     times.append(time.perf_counter() - started)
-    return step.payload_bytes
+    return steps.payload_bytes(index)
 
 
 def draw_and_save(storage: Storage, load: Load, expected: int, repeats: int, times: Times) -> None:
@@ -162,11 +165,11 @@ def clocked(times: Times, operation: str, work: Callable[[], Any]) -> Any:
     return result
 
 
-def payload_copy(name: str, load: Load, draw: int, repeats: int) -> dict[str, Any]:
+def payload_copy(load: Load) -> dict[str, Any]:
     """The floor: copying a step's bytes into fresh memory, step by step, and holding nothing else."""
     steps, before, times, held = Steps(load), settled_bytes(CPU), [], []
     for index in range(load.steps):
-        source = np.ones(steps.make(index).payload_bytes, dtype=np.uint8)
+        source = np.ones(steps.payload_bytes(index), dtype=np.uint8)
         started = time.perf_counter()
         held.append(source.copy())
         times.append(time.perf_counter() - started)

@@ -48,11 +48,6 @@ class Step:
     groups: list[Group]
     rows: list[Row]
 
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of what there is to store, without any overhead."""
-        return sum(row.num_tokens for row in self.rows) * TOKEN_BYTES + len(self.rows) * ROW_BYTES
-
 
 class Steps:
     """Makes steps: step k is the same whoever asks. Rows are views of one pool of random tokens."""
@@ -69,8 +64,8 @@ class Steps:
     def make(self, index: int) -> Step:
         """Step `index`, whose rows were sampled by policy version `index`."""
         load, count = self._load, self._load.per_step
+        lengths = self._lengths(index)
         rng = np.random.default_rng(derive_seed(load.seed, "step", index))
-        lengths = self._lengths(rng, count)
         prompts = np.minimum((lengths * rng.uniform(0.1, 0.5, count)).astype(np.int64), lengths - 1)
         starts = rng.integers(0, _POOL_TOKENS - load.longest, count)
         rewards = rng.choice([0.1, 0.5, 1.0, 1.5], count, p=[0.3, 0.2, 0.3, 0.2])
@@ -86,10 +81,16 @@ class Steps:
             groups[group].trajectories.append(made)
         return Step(groups, rows)
 
-    def _lengths(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Long-tailed lengths, int64 [R]."""
-        drawn = self._load.shortest + rng.exponential(self._load.mean_tokens - self._load.shortest, count)
-        return np.minimum(drawn, self._load.longest).astype(np.int64)
+    def payload_bytes(self, index: int) -> int:
+        """Bytes of what there is to store of step `index`, without any overhead."""
+        return int(self._lengths(index).sum()) * TOKEN_BYTES + self._load.per_step * ROW_BYTES
+
+    def _lengths(self, index: int) -> np.ndarray:
+        """Long-tailed lengths of a step's rows, int64 [R]."""
+        load = self._load
+        rng = np.random.default_rng(derive_seed(load.seed, "lengths", index))
+        drawn = load.shortest + rng.exponential(load.mean_tokens - load.shortest, load.per_step)
+        return np.minimum(drawn, load.longest).astype(np.int64)
 
     def _row(self, uid: int, group: int, version: int, length: int, prompt: int, start: int, reward: float) -> Row:
         begin = self._load.longest - prompt

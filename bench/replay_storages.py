@@ -136,10 +136,11 @@ class PaddedCopies:
             "old_logp": torch.zeros(shape),
             "advantages": torch.zeros(shape),
         }
-        for index, row in enumerate(step.rows):
-            for name, tensor in batch.items():
-                values = getattr(row, name)
-                tensor[index, : len(values)] = torch.from_numpy(values)
+        lengths = torch.tensor([row.num_tokens for row in step.rows])
+        filled = torch.arange(self._longest) < lengths[:, None]  # [R, longest]
+        for name, tensor in batch.items():
+            values = np.concatenate([getattr(row, name) for row in step.rows])
+            tensor[filled] = torch.from_numpy(values).to(tensor.dtype)
         for name, dtype in (("reward", torch.float64), ("version", torch.int64), ("uid", torch.int64)):
             batch[name] = torch.tensor([getattr(row, name) for row in step.rows], dtype=dtype)
         return batch, _group_means(step)
