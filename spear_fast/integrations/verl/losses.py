@@ -136,7 +136,7 @@ def _places(log_prob: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _seed(cfg: PolicyLossConfig) -> int:
     """A new seed for each draw; KL-Cov draws nothing and leaves the generator alone."""
-    return int(torch.randint(2**62, ())) if cfg.kind == "clip_cov" else 0
+    return int(torch.randint(2**62, (), device="cpu")) if cfg.kind == "clip_cov" else 0
 
 
 def _batch_info(config: Any) -> dict[str, Any]:
