@@ -96,7 +96,11 @@ class Frozen:
         return int((self.lengths - self.prompt_lengths).max())
 
     def split(self, name: str) -> list[np.ndarray]:
-        """A field [E] cut into sequences."""
+        """A field [E] cut into sequences. Raises FrozenError if it is the one that may be missing, and is."""
+        if getattr(self, name) is None:
+            raise FrozenError(
+                f"{name} of {self.name!r} is missing; freeze it too, or choose a loss without a reference"
+            )
         return np.split(getattr(self, name), np.cumsum(self.lengths)[:-1])
 
     def rows(self) -> list[Row]:
@@ -210,8 +214,8 @@ def _check(frozen: Frozen) -> None:
             array: Any = getattr(frozen, name)
             if array is None and name in OPTIONAL:
                 continue
-            if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (size,):
-                found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else repr(array)
+            if getattr(array, "dtype", None) != dtype or getattr(array, "shape", None) != (size,):
+                found = f"{getattr(array, 'dtype', type(array))} {list(getattr(array, 'shape', ()))}"
                 refuse(name, found, f"it must be {np.dtype(dtype).name} [{size}], as lengths says")
             if array.dtype == np.float32 and not np.isfinite(array).all():
                 refuse(name, f"not finite at {int((~np.isfinite(array)).argmax())}", "drop or repair that sequence")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import tempfile
 from typing import Any
@@ -71,7 +70,6 @@ class TrlTrainer:
         """See `update_job.Trainer`."""
         self._trainer = self._model = None
         self._output.cleanup()
-        gc.collect()
 
     def _train(self, count: int, watch: Any) -> Any:
         from datasets import Dataset
