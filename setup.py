@@ -36,6 +36,7 @@ EXTRAS = {
     "liger": ["liger-kernel"],
     "lora": ["peft"],
     "trl": ["trl>=1.16"],
+    "verl": ["verl>=0.9"],
     "gpu": ["nvidia-ml-py"],
     "dev": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "pyright", "pre-commit", "build"],
 }
