@@ -39,6 +39,12 @@ def frozen(folder) -> Frozen:
     return freeze(GATE, scorer(folder, "cpu"), VOCAB, seed=3)
 
 
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    """Looking for garbage after every trainer, as TRL's loop does too, would take longer than all else here."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
 def no_model(rows):
     """Log-probs as they would be of a model that finds every token equally likely."""
     return [np.where(row.action_mask, np.float32(-np.log(VOCAB)), np.float32(0)) for row in rows]
@@ -206,8 +212,7 @@ class FakeTrainer:
         pass
 
 
-def test_only_rows_that_agree_are_timed_in_turns_with_their_best_batch_size(folder, frozen, monkeypatch):
-    monkeypatch.setattr("gc.collect", lambda: 0)  # takes seconds beside transformers, and fakes hold nothing
+def test_only_rows_that_agree_are_timed_in_turns_with_their_best_batch_size(folder, frozen):
     log: list[tuple[str, int]] = []
     seconds = {1: 4.0, 2: 3.0, 4: -1.0}
 
