@@ -1,10 +1,12 @@
-"""What is measured: the products alone, plain torch, and the operators of spear_kernels, behind one interface."""
+"""What is measured from hidden states or logits: the products alone, plain torch, and this project's operators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,14 +18,41 @@ CONFIG = PolicyLossConfig("ppo", clip_low=CLIP_LOW, clip_high=CLIP_HIGH, dual_cl
 FLOOR_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
+class Inputs(Protocol):
+    """What a step is given, whatever the level: tensors that want a gradient, and copies to take turns with."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        ...
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that want a gradient."""
+        ...
+
+    @property
+    def rotating_bytes(self) -> int:
+        """Size of what `rotated` copies."""
+        ...
+
+    def rotated(self, num_copies: int) -> Sequence[Any]:
+        """These inputs and copies of them."""
+        ...
+
+
 class Outcome(NamedTuple):
-    """Of one forward pass: a 0-d loss to differentiate, and log-probs of all rows or of the action rows."""
+    """Of one forward pass; log-probs and entropies are those of all rows or of the action rows."""
 
     loss: torch.Tensor | None
+    """0-d, to differentiate; None where nothing is."""
     logp: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    values: tuple[torch.Tensor, ...] = ()
+    """Results of an operator that has no gradient."""
 
 
-Step = Callable[[Problem], Outcome]
+Step = Callable[[Any], Outcome]
 
 
 @dataclass(frozen=True)
@@ -33,12 +62,40 @@ class Contender:
     name: str
     computes: str
     build: Callable[[torch.device], Step]
-    objective: str = "ppo"
-    """What its loss must equal: "ppo", "cross_entropy", or "products" for no loss at all."""
+    objective: str = "loss"
+    """What it must equal: the "loss" of the level, another name that the level knows, or "floor" for no result."""
     package: str | None = None
     install: str = ""
     devices: tuple[str, ...] = ("cpu", "cuda")
-    level: str = "hidden"
+    levels: tuple[str, ...] = ("hidden",)
+    variants: tuple[str, ...] = ()
+    """Kinds of loss or operators that it has; empty for all of its level."""
+    compiled: bool = False
+    """Whether its first call at a size compiles, which no figure should hold."""
+
+
+# One per kind of loss, size and grad mode; a step beyond the limit would go on uncompiled without a word.
+RECOMPILE_LIMIT = 64
+COMPILER = "install a C++ compiler, g++ say, or set CXX"
+
+
+def compiled(function: Step) -> Callable[[torch.device], Step]:
+    """Builder of `function` under torch.compile: for each shape on CUDA, one graph for all shapes on the CPU.
+
+    Its ImportError says that there is no C++ compiler, without which torch.compile has no backend on the CPU.
+    """
+
+    def build(device: torch.device) -> Step:
+        names = (os.environ.get("CXX", ""), "g++", "clang++")
+        if device.type == "cpu" and not any(shutil.which(name) for name in names if name):
+            raise ImportError(
+                "torch.compile needs a C++ compiler on the CPU, and neither CXX, g++ nor clang++ is there"
+            )
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        return torch.compile(function, dynamic=device.type == "cpu")
+
+    return build
 
 
 def clipped_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -48,10 +105,17 @@ def clipped_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.T
     return torch.where(advantages < 0, torch.minimum(loss, -advantages * DUAL_CLIP), loss)
 
 
-def loss_of_all(logp: torch.Tensor, problem: Problem) -> Outcome:
-    """The mean loss over action tokens from log-probs [N] of all rows."""
-    losses = clipped_loss(logp.float(), problem.old_logp, problem.advantages)
-    return Outcome((losses * problem.mask).sum() / problem.num_active, logp.detach())
+def token_losses(objective: str, logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Per-token "ppo" loss, "reinforce" loss -A logp, or "cross_entropy" -logp, in the type of logp [n]."""
+    if objective == "ppo":
+        return clipped_loss(logp, old_logp, advantages)
+    return -advantages * logp if objective == "reinforce" else -logp
+
+
+def loss_of_all(logp: torch.Tensor, problem: Problem, entropy: torch.Tensor | None = None) -> Outcome:
+    """The mean loss over action tokens from log-probs [N] of all rows; `entropy` [N] is passed on."""
+    losses = token_losses(problem.objective, logp.float(), problem.old_logp, problem.advantages)
+    return Outcome((losses * problem.mask).sum() / problem.count, logp.detach(), entropy)
 
 
 class Actions(NamedTuple):
@@ -71,10 +135,12 @@ def actions_of(problem: Problem) -> Actions:
     return Actions(*(tensor.index_select(0, problem.rows) for tensor in given))
 
 
-def loss_of_actions(logp: torch.Tensor, actions: Actions, problem: Problem) -> Outcome:
-    """The mean loss from log-probs of the action rows."""
-    losses = clipped_loss(logp.float(), actions.old_logp, actions.advantages)
-    return Outcome(losses.sum() / problem.num_active, logp.detach())
+def loss_of_actions(
+    logp: torch.Tensor, actions: Actions, problem: Problem, entropy: torch.Tensor | None = None
+) -> Outcome:
+    """The mean loss from log-probs of the action rows; `entropy` of these is passed on."""
+    losses = token_losses(problem.objective, logp.float(), actions.old_logp, actions.advantages)
+    return Outcome(losses.sum() / problem.count, logp.detach(), entropy)
 
 
 def _floor(skip_rows: bool) -> Callable[[torch.device], Step]:
@@ -105,11 +171,14 @@ def _products(
     d_hidden: torch.Tensor,
     d_weight: torch.Tensor,
 ) -> None:
-    """Logits of x [n, H] chunk by chunk, and for a share of each chunk the two products of its gradient."""
-    d_weight.zero_()
+    """Logits of x [n, H] chunk by chunk, and with gradients on the two products of a share of each chunk."""
+    if torch.is_grad_enabled():
+        d_weight.zero_()
     for rows in row_chunks(len(x), len(weight), buffer.numel()):
         logits = buffer[: rows.stop - rows.start]
         torch.mm(x[rows], weight.t(), out=logits)
+        if not torch.is_grad_enabled():
+            continue
         live = slice(rows.start, rows.start + round(live_share * len(logits)))
         d_logits = logits[: live.stop - live.start]
         torch.mm(d_logits, weight, out=d_hidden[live])
@@ -131,11 +200,22 @@ def _copy(device: torch.device) -> Step:
     return step
 
 
+def _log_probs(problem: Problem) -> torch.Tensor:
+    logits = problem.hidden @ problem.weight.t() if problem.logits is None else problem.logits
+    return torch.log_softmax(logits.float(), dim=1)
+
+
 def naive(problem: Problem) -> Outcome:
     """Full logits, float32 log-softmax, autograd."""
-    logits = problem.hidden @ problem.weight.t() if problem.logits is None else problem.logits
-    log_probs = torch.log_softmax(logits.float(), dim=1)
-    return loss_of_all(log_probs.gather(1, problem.ids[:, None])[:, 0], problem)
+    return loss_of_all(_log_probs(problem).gather(1, problem.ids[:, None])[:, 0], problem)
+
+
+def naive_with_entropy(problem: Problem) -> Outcome:
+    """The same with the entropy, which is not differentiated."""
+    log_probs = _log_probs(problem)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(1)
+    return loss_of_all(log_probs.gather(1, problem.ids[:, None])[:, 0], problem, entropy)
 
 
 def _one_shot(problem: Problem) -> Outcome:
@@ -149,40 +229,52 @@ def _one_shot_on_device(problem: Problem) -> Outcome:
 def _fused_loss(problem: Problem, advantages: torch.Tensor, mask: torch.Tensor) -> Outcome:
     inputs = (problem.hidden, problem.weight, problem.ids, problem.old_logp)
     result = linear_policy_loss(*inputs, advantages, mask, CONFIG, num_tokens=problem.num_active)
-    return Outcome(result.loss, result.logp)
+    return Outcome(result.loss, result.logp, result.entropy)
 
 
 def _recompute(problem: Problem) -> Outcome:
     hidden, ids, old_logp, advantages = actions_of(problem)
-    logp = linear_logprob(hidden, problem.weight, ids).logp
+    out = linear_logprob(hidden, problem.weight, ids)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    result = policy_loss(logp, old_logp, advantages, mask, CONFIG, num_tokens=problem.num_active)
-    return Outcome(result.loss, logp.detach())
+    result = policy_loss(out.logp, old_logp, advantages, mask, CONFIG, num_tokens=problem.num_active)
+    return Outcome(result.loss, out.logp.detach(), out.entropy.detach())
+
+
+def _linear_logprob(problem: Problem) -> Outcome:
+    actions = actions_of(problem)
+    out = linear_logprob(actions.inputs, problem.weight, actions.ids)
+    return loss_of_actions(out.logp, actions, problem, out.entropy.detach())
+
+
+def _linear_logprob_masked(problem: Problem) -> Outcome:
+    out = linear_logprob(problem.hidden, problem.weight, problem.ids, mask=problem.mask)
+    return loss_of_all(out.logp, problem, out.entropy.detach())
 
 
 def _from_logits(problem: Problem) -> Outcome:
     assert problem.logits is not None
-    logp = logprob(problem.logits, problem.ids).logp
+    out = logprob(problem.logits, problem.ids)
     batch = (problem.old_logp, problem.advantages, problem.mask)
-    result = policy_loss(logp, *batch, CONFIG, num_tokens=problem.num_active)
-    return Outcome(result.loss, logp.detach())
+    result = policy_loss(out.logp, *batch, CONFIG, num_tokens=problem.num_active)
+    return Outcome(result.loss, out.logp.detach(), out.entropy.detach())
 
 
+HEAD_LEVELS = ("hidden", "hidden-logprob")
 OWN = (
     Contender(
         "floor",
         "the matrix products that no loss can avoid: logits of action rows, gradients of live rows",
         _floor(skip_rows=True),
-        "products",
+        "floor",
+        levels=HEAD_LEVELS,
     ),
-    Contender("floor_dense", "three matrix products of every row", _floor(skip_rows=False), "products"),
-    Contender("naive", "PPO loss, full logits, float32 log-softmax, autograd; every row", lambda device: naive),
+    Contender("floor_dense", "three matrix products of every row", _floor(skip_rows=False), "floor"),
     Contender(
-        "naive_compiled",
-        "the same under torch.compile",
-        lambda device: torch.compile(naive, dynamic=False),
-        devices=("cuda",),
+        "naive",
+        "full logits, float32 log-softmax, autograd; every row",
+        lambda device: naive,
     ),
+    Contender("naive_compiled", "the same under torch.compile", compiled(naive), install=COMPILER, compiled=True),
     Contender(
         "linear_policy_loss",
         "PPO loss, metrics, entropy; advantages and mask on the host, as a trainer has them",
@@ -196,10 +288,46 @@ OWN = (
     ),
     Contender(
         "linear_logprob",
-        "linear_logprob + policy_loss: PPO loss, metrics, entropy, logits recomputed; action rows gathered first",
+        "linear_logprob + policy_loss: PPO loss, metrics, entropy; action rows gathered first",
         lambda device: _recompute,
     ),
-    Contender("copy", "a copy of the logits: one read, one write", _copy, "products", level="logits"),
-    Contender("naive", "PPO loss of float32 log-softmax, autograd", lambda device: naive, level="logits"),
-    Contender("logprob", "logprob + policy_loss: PPO loss and entropy", lambda device: _from_logits, level="logits"),
+    Contender(
+        "naive",
+        "full logits, float32 log-softmax, entropy, autograd; every row",
+        lambda device: naive_with_entropy,
+        levels=("hidden-logprob",),
+    ),
+    Contender(
+        "naive_compiled",
+        "the same under torch.compile",
+        compiled(naive_with_entropy),
+        install=COMPILER,
+        levels=("hidden-logprob",),
+        compiled=True,
+    ),
+    Contender(
+        "linear_logprob",
+        "log-probs and entropy; action rows gathered first",
+        lambda device: _linear_logprob,
+        levels=("hidden-logprob",),
+    ),
+    Contender(
+        "linear_logprob_mask",
+        "the same given every row and the mask",
+        lambda device: _linear_logprob_masked,
+        levels=("hidden-logprob",),
+    ),
+    Contender("copy", "a copy of the logits: one read, one write", _copy, "floor", levels=("logits",)),
+    Contender("naive", "PPO loss of float32 log-softmax, autograd", lambda device: naive, levels=("logits",)),
+    Contender(
+        "naive_compiled",
+        "the same under torch.compile",
+        compiled(naive),
+        install=COMPILER,
+        levels=("logits",),
+        compiled=True,
+    ),
+    Contender(
+        "logprob", "logprob + policy_loss: PPO loss and entropy", lambda device: _from_logits, levels=("logits",)
+    ),
 )

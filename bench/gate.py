@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench.contenders import Outcome, clipped_loss
+from bench.contenders import Outcome, token_losses
 from bench.problems import Head, Problem, Shape, make_problem
 
 # Aligned to 128, as real heads are, so that operators take the path that is measured.
@@ -15,6 +15,7 @@ GATE_SIZES = (256, 1152)
 GATE_ROWS, GATE_ACTIVE, GATE_LIVE = 512, 0.7, 0.5
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
 """Largest relative error of loss and gradients: at real sizes half-precision logits alone cost a few hundredths."""
+IN_NATS = ("logp_p99", "logp_max", "entropy_p99")
 # Log-ratios on each side of both clip bounds and of the dual clip, far from where rounding would change the side.
 LOG_RATIOS = (-0.5, -0.1, 0.0, 0.1, 0.5, 2.6)
 
@@ -26,6 +27,7 @@ class Truth:
     picked: torch.Tensor  # int64 [n], places among the action rows
     rows: torch.Tensor  # int64 [n], the same as rows of the batch
     logp: torch.Tensor  # [n]
+    entropy: torch.Tensor  # [n]
     loss: torch.Tensor  # 0-d
     scale: torch.Tensor  # 0-d, what an error of the loss is measured by: the loss with all terms positive
     d_inputs: torch.Tensor  # [n, H] or [n, V]
@@ -58,50 +60,57 @@ def truth_of(problem: Problem, objective: str, max_rows: int | None = None) -> T
     weight = problem.weight.detach().double().requires_grad_(whole and with_weight)
     logits = inputs @ weight.t() if with_weight else inputs
     logp = logits.gather(1, problem.ids[rows][:, None])[:, 0] - logits.logsumexp(1)
-    losses = -logp
-    if objective == "ppo":
-        losses = clipped_loss(logp, problem.old_logp[rows].double(), problem.advantages[rows].double())
+    losses = token_losses(objective, logp, problem.old_logp[rows].double(), problem.advantages[rows].double())
     loss = losses.sum() / problem.num_active
     loss.backward()
     assert inputs.grad is not None
     scale = losses.detach().abs().sum() / problem.num_active
     d_weight = weight.grad if with_weight else torch.empty(0, dtype=torch.float64, device=inputs.device)
-    return Truth(picked, rows, logp.detach(), loss.detach(), scale, inputs.grad, d_weight if whole else None)
+    log_probs = torch.log_softmax(logits.detach(), 1)
+    entropy = -(log_probs.exp() * log_probs).sum(1)
+    return Truth(picked, rows, logp.detach(), entropy, loss.detach(), scale, inputs.grad, d_weight if whole else None)
 
 
 def errors_of(outcome: Outcome, problem: Problem, truth: Truth) -> dict[str, float]:
     """Errors of a step whose gradients are in `problem`'s leaves; log-probs in nats, all else relative.
 
-    `logp_p99`, `logp_max`: absent if the contender returns none. `gradient`: of the rows' inputs. Where the truth is
-    whole also `loss`, `weight_gradient`, and `gradient` covers the rows that must stay zero.
+    `logp_p99`, `logp_max`, `entropy_p99`: absent if the contender returns none. `gradient`: of the rows' inputs. Where
+    the truth is whole also `loss`, `weight_gradient`, and `gradient` covers the rows that must stay zero.
     """
     errors = {}
+
+    def distances(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        of_all_rows = len(actual) == problem.shape.num_rows
+        return (actual[truth.rows if of_all_rows else truth.picked].double() - expected).abs()
+
     if outcome.logp is not None:
-        of_all_rows = len(outcome.logp) == problem.shape.num_rows
-        distance = (outcome.logp[truth.rows if of_all_rows else truth.picked].double() - truth.logp).abs()
+        distance = distances(outcome.logp, truth.logp)
         errors |= {"logp_p99": distance.quantile(0.99).item(), "logp_max": distance.max().item()}
+    if outcome.entropy is not None:
+        errors["entropy_p99"] = distances(outcome.entropy, truth.entropy).quantile(0.99).item()
     gradient = problem.row_inputs.grad
     assert outcome.loss is not None and gradient is not None, "the step left no gradient"
     if truth.is_whole:
         expected = torch.zeros_like(gradient, dtype=torch.float64).index_copy_(0, truth.rows, truth.d_inputs)
         errors["loss"] = ((outcome.loss.detach().double() - truth.loss).abs() / truth.scale).item()
-        errors["gradient"] = _distance(gradient, expected)
+        errors["gradient"] = relative_distance(gradient, expected)
         if problem.logits is None:
             assert problem.weight.grad is not None and truth.d_weight is not None
-            errors["weight_gradient"] = _distance(problem.weight.grad, truth.d_weight)
+            errors["weight_gradient"] = relative_distance(problem.weight.grad, truth.d_weight)
     else:
-        errors["gradient"] = _distance(gradient[truth.rows], truth.d_inputs)
+        errors["gradient"] = relative_distance(gradient[truth.rows], truth.d_inputs)
     return errors
 
 
-def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of `expected`, in float64."""
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 def complaint(errors: dict[str, float], dtype: torch.dtype) -> str | None:
     """Why a contender with these errors gets no speed figure, or None if it is right; NaN is never right."""
     bound = TOLERANCE[dtype]
-    wrong = {name: value for name, value in errors.items() if not name.startswith("logp") and not value <= bound}
+    wrong = {name: value for name, value in errors.items() if name not in IN_NATS and not value <= bound}
     if not wrong:
         return None
     return ", ".join(f"{name} off by {value:.2g}" for name, value in wrong.items()) + f", allowed {bound:g}"

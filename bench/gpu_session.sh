@@ -3,14 +3,16 @@
 #
 #   bench/gpu_session.sh [--dry-run] [PART...]
 #
-# Parts, all of them in this order if none is named; each but the last takes less than ten minutes:
+# Parts, all of them in this order if none is named; each takes less than ten minutes, those of heads that for each head:
 #   tests            tests/gpu but the next two
 #   colocated-tests  vLLM and trainer on one GPU: cycles of sleep and sync at real size
 #   run-tests        short whole runs with vLLM
 #   colocated        speed and memory of vLLM and trainer on one GPU, by phase
 #   calibrate        the rates that memory plans divide by
-#   ops, logits      loss operators at each head: shares of masked tokens, and from logits
-#   tokens           loss operators over numbers of tokens
+#   shares           the loss from hidden states at each head, over shares of masked tokens and of tokens without advantage
+#   tokens           the same over numbers of tokens
+#   logprob, logits  log-probs from hidden states, and losses from logits, at each head
+#   packed           losses from log-probs, covariance, and the operators on packed batches
 #
 # SESSION_SECONDS  time for everything (1500); a part that would start later is left out
 # ENGINE_WHEELS    folder with the wheels of bench/gpu_requirements.txt, where vLLM is not installed
@@ -19,16 +21,16 @@
 # PEER_WHEELS      folder with wheels of the projects to compare with; without it they are reported as not installed
 # RESULTS_ROOT     where the folder named after the GPU is made (bench/results)
 # BENCH_COMMIT     commit to name in the results, where the tree has no history
-# HEADS, TOKENS    which heads, and which numbers of tokens besides 8192, to do less than everything
+# HEADS            which heads, to do less than all of them
 # PYTHON           interpreter (python3)
 #
-# A part that fails does not stop the next. bench/ops.py writes no speed of an operator that is wrong at that shape.
+# A part that fails does not stop the next. bench/kernels.py writes no speed of an operator that is wrong at that shape.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 dry_run=
 [[ "${1:-}" == --dry-run ]] && { dry_run=1; shift; }
-known=(tests colocated-tests run-tests colocated calibrate ops logits tokens)
+known=(tests colocated-tests run-tests colocated calibrate shares tokens logprob logits packed)
 parts=" ${*:-${known[*]}} "
 for part in $parts; do
   [[ " ${known[*]} " == *" $part "* ]] || { echo "no part $part; choose from ${known[*]}"; exit 2; }
@@ -36,7 +38,6 @@ done
 python=${PYTHON:-python3}
 seconds=${SESSION_SECONDS:-1500}
 heads=${HEADS:-"qwen2.5-1.5b qwen2.5-7b qwen2.5-32b"}
-tokens=${TOKENS:-"4096 16384 1024 65536"}
 export TRITON_INTERPRET=0
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 started=$SECONDS
@@ -156,39 +157,50 @@ fi
 
 export BENCH_TESTS=$operators_tested
 # Operators with very different buffers share a process; without this their blocks fragment the memory.
-operators() { run "$1" env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "$python" bench/ops.py --device cuda "${@:2}"; }
+operators() { run "$1" env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "$python" bench/kernels.py --device cuda "${@:2}"; }
 
-# measure NAME LIMIT OPTIONS...: with the peers; without them once more if one took the process down with it.
+# measure NAME LIMIT OPTIONS...: with the peers; without them once more if one took the process down with it. No case
+# starts in the last fifth of the limit.
 measure() {
   local name=$1 limit=$2
   shift 2
-  operators "$limit" --out "$out/$name.json" "$@" && return
+  set -- "$@" --out "$out/$name.json" --deadline $((limit * 4 / 5))
+  operators "$limit" "$@" && return
   failed+=("$name")
   (($(left) < 5)) && return
-  operators "$limit" --out "$out/$name-own.json" "$@" --skip peers || failed+=("$name-own")
+  operators "$limit" "$@" --out "$out/$name-own.json" --skip peers || failed+=("$name-own")
 }
 
-if wanted ops; then
-  echo "== loss operators, masked tokens and tokens without advantage"
+# at_heads SUITE LIMIT: a suite of bench/kernel_suites.py, head by head.
+at_heads() {
   for head in $heads; do
-    measure "ops-$head-shares" 400 --shape "$head" --tokens 8192 --active 1 0.7 0.3 --live 1 0.5 0.1 --deadline 300
+    measure "kernels-$1-$head" "$2" --suite "cuda-$1" --shape "$head"
   done
-fi
+}
 
-if wanted logits; then
-  echo "== from logits"
-  for head in $heads; do
-    measure "logits-$head" 200 --shape "$head" --level logits --tokens 8192
-  done
+if wanted shares; then
+  echo "== the loss from hidden states, masked tokens and tokens without advantage"
+  at_heads shares 400
 fi
 
 if wanted tokens; then
-  echo "== loss operators, all tokens active and live"
-  for count in $tokens; do
-    for head in $heads; do
-      measure "ops-$head-$count" 300 --shape "$head" --tokens "$count"
-    done
-  done
+  echo "== the loss from hidden states, all tokens active and live"
+  at_heads tokens 590
+fi
+
+if wanted logprob; then
+  echo "== log-probs from hidden states"
+  at_heads logprob 300
+fi
+
+if wanted logits; then
+  echo "== losses from logits"
+  at_heads logits 200
+fi
+
+if wanted packed; then
+  echo "== losses from log-probs, covariance and packed batches"
+  measure kernels-packed 400 --suite cuda-packed
 fi
 
 echo "== $((SECONDS - started)) s, results in $out"

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from bench.contenders import Outcome, Step
-from bench.problems import Problem
+from bench.contenders import Inputs, Outcome, Step
 
 MAX_COPIES = 64
-# Rounds before the timed ones; the CPU needs none beyond the run that checks the result.
+# Rounds before the timed ones; on the CPU the run that checks the result is the warm-up of steps that take long.
 WARM_UP = {"cpu": 0, "cuda": 3}
+SHORT_WARM_UP = 2
 
 
-def run_step(step: Step, problem: Problem, backward: bool = True) -> Outcome:
+def run_step(step: Step, problem: Inputs, backward: bool = True) -> Outcome:
     """Forward and, unless `backward` is False or there is no loss, backward into fresh gradients."""
     clear_gradients(problem)
     if not backward:
@@ -30,25 +30,25 @@ def run_step(step: Step, problem: Problem, backward: bool = True) -> Outcome:
     return outcome
 
 
-def clear_gradients(problem: Problem) -> None:
+def clear_gradients(problem: Inputs) -> None:
     """Drop the gradients of the last step."""
     for leaf in problem.leaves:
         leaf.grad = None
 
 
-def copies_for_cache(problem: Problem) -> int:
+def copies_for_cache(problem: Inputs) -> int:
     """How many copies of the per-token inputs exceed the second-level cache of a CUDA device twice; 1 on the CPU."""
-    device = problem.ids.device
+    device = problem.device
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(MAX_COPIES, -(-2 * cache // problem.row_inputs.nbytes)))
+    return max(1, min(MAX_COPIES, -(-2 * cache // max(1, problem.rotating_bytes))))
 
 
-def seconds(step: Step, problem: Problem, backward: bool) -> float:
+def seconds(step: Step, problem: Inputs, backward: bool) -> float:
     """Duration of one step: CUDA events there, the wall clock on the CPU."""
     clear_gradients(problem)
-    if problem.ids.device.type != "cuda":
+    if problem.device.type != "cuda":
         started = time.perf_counter()
         run_step(step, problem, backward)
         return time.perf_counter() - started
@@ -62,16 +62,17 @@ def seconds(step: Step, problem: Problem, backward: bool) -> float:
 
 
 def alternate(
-    steps: dict[str, Step], problems: list[Problem], repeats: int, backward: bool
+    steps: dict[str, Step], problems: list[Inputs], repeats: int, backward: bool, short: bool = False
 ) -> dict[str, list[float] | Exception]:
     """Times in seconds of each step, taken in turns, every second round in reverse order.
 
-    Each turn takes the next of `problems`, copies of the same inputs. A few first rounds on CUDA are not kept. A step
-    that fails, for want of memory say, leaves its exception in place of times and takes no further turn.
+    Each turn takes the next of `problems`, copies of the same inputs. A few first rounds on CUDA, and of `short` steps
+    anywhere, are not kept. A step that fails, for want of memory say, leaves its exception in place of times and takes
+    no further turn.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     failures: dict[str, Exception] = {}
-    unused = WARM_UP[problems[0].ids.device.type]
+    unused = max(WARM_UP[problems[0].device.type], SHORT_WARM_UP if short else 0)
     for turn in range(unused + repeats):
         problem = problems[turn % len(problems)]
         for name in [name for name in list(steps)[:: -1 if turn % 2 else 1] if name not in failures]:
@@ -83,7 +84,7 @@ def alternate(
     return {name: failures.get(name) or taken[unused:] for name, taken in times.items()}
 
 
-def cuda_peak(step: Step, problem: Problem) -> int:
+def cuda_peak(step: Step, problem: Inputs) -> int:
     """Bytes that a step adds to what is allocated, at its peak, gradients included."""
     clear_gradients(problem)
     gc.collect()

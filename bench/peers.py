@@ -1,11 +1,8 @@
-"""Adapters to other projects' public operators; each imports its project only when it is measured."""
+"""Other projects' operators on hidden states and logits; each imports its project only when it is measured."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +12,7 @@ from bench.contenders import (
     CLIP_HIGH,
     CLIP_LOW,
     DUAL_CLIP,
+    HEAD_LEVELS,
     Contender,
     Outcome,
     Step,
@@ -23,10 +21,10 @@ from bench.contenders import (
     loss_of_all,
 )
 from bench.problems import Problem
+from bench.verl_alone import VERL, import_verl
 
 IGNORED = -100
-TRL = "pip install --no-deps trl accelerate datasets pandas pytz dill multiprocess xxhash requests urllib3 certifi"
-VERL = "pip install --no-deps verl tensordict pyvers cloudpickle orjson importlib_metadata zipp"
+TRL = "pip install trl"
 LIGER = "pip install --no-deps liger-kernel"
 # The vocabulary width that TRL's trainers pass, and the rows at which Liger's own inner loop splits.
 TRL_VOCAB_CHUNK = 32768
@@ -42,8 +40,10 @@ def _trl_chunked(device: torch.device) -> Step:
     def step(problem: Problem) -> Outcome:
         actions = actions_of(problem)
         scale = (1.0, TRL_VOCAB_CHUNK, None, 1.0)
-        logp, *_ = function.apply(actions.inputs, problem.weight, None, actions.ids, *scale, ("log_probs", "entropy"))
-        return loss_of_actions(logp, actions, problem)
+        logp, entropy, *_ = function.apply(
+            actions.inputs, problem.weight, None, actions.ids, *scale, ("log_probs", "entropy")
+        )
+        return loss_of_actions(logp, actions, problem, entropy.detach())
 
     return step
 
@@ -53,41 +53,27 @@ def _trl_logits(device: torch.device) -> Step:
 
     def step(problem: Problem) -> Outcome:
         if problem.logits is not None:
-            logp, _ = score(problem.logits, problem.ids, entropy_requires_grad=False, row_mask=problem.mask)
-            return loss_of_all(logp, problem)
+            logp, entropy = score(problem.logits, problem.ids, entropy_requires_grad=False, row_mask=problem.mask)
+            return loss_of_all(logp, problem, entropy)
         actions = actions_of(problem)
-        logp, _ = score(actions.inputs @ problem.weight.t(), actions.ids, entropy_requires_grad=False)
-        return loss_of_actions(logp, actions, problem)
+        logp, entropy = score(actions.inputs @ problem.weight.t(), actions.ids, entropy_requires_grad=False)
+        return loss_of_actions(logp, actions, problem, entropy)
 
     return step
 
 
-def _verl(module: str) -> Any:
-    """Import a module of verl past its package file, which imports Ray that no operator uses."""
-    if "verl" not in sys.modules:
-        found = importlib.util.find_spec("verl")
-        if found is None:
-            raise ModuleNotFoundError("No module named 'verl'", name="verl")
-        for name in ("verl", "verl.utils"):
-            package = types.ModuleType(name)
-            inner = name.partition(".")[2]
-            package.__path__ = [f"{folder}/{inner}" for folder in found.submodule_search_locations or ()]
-            sys.modules[name] = package
-    return importlib.import_module(module)
-
-
 def _verl_fused_linear(device: torch.device) -> Step:
-    fused = _verl("verl.utils.experimental.torch_functional").FusedLinearForPPO(impl_backend="torch")
+    fused = import_verl("verl.utils.experimental.torch_functional").FusedLinearForPPO(impl_backend="torch")
 
     def step(problem: Problem) -> Outcome:
-        logp, _ = fused(problem.hidden, problem.weight, problem.ids)
-        return loss_of_all(logp, problem)
+        logp, entropy = fused(problem.hidden, problem.weight, problem.ids)
+        return loss_of_all(logp, problem, entropy.detach())
 
     return step
 
 
 def _verl_logits(device: torch.device) -> Step:
-    score = _verl("verl.utils.torch_functional").logprobs_from_logits
+    score = import_verl("verl.utils.torch_functional").logprobs_from_logits
 
     def step(problem: Problem) -> Outcome:
         logits = problem.hidden @ problem.weight.t() if problem.logits is None else problem.logits
@@ -97,11 +83,11 @@ def _verl_logits(device: torch.device) -> Step:
 
 
 def _verl_triton(device: torch.device) -> Step:
-    linear_cross_entropy = _verl("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    linear_cross_entropy = import_verl("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
 
     def step(problem: Problem) -> Outcome:
-        logp, _ = linear_cross_entropy(problem.hidden, problem.weight, problem.ids, 1.0, "none")
-        return loss_of_all(logp, problem)
+        logp, entropy = linear_cross_entropy(problem.hidden, problem.weight, problem.ids, 1.0, "none")
+        return loss_of_all(logp, problem, entropy.detach())
 
     return step
 
@@ -140,8 +126,8 @@ def _liger_scaled_ce(device: torch.device) -> Step:
 
     def step(problem: Problem) -> Outcome:
         actions = actions_of(problem)
-        nll, _ = function.apply(actions.inputs, problem.weight, actions.ids, 1.0, IGNORED, 1, True)
-        return loss_of_actions(-nll, actions, problem)
+        nll, entropy = function.apply(actions.inputs, problem.weight, actions.ids, 1.0, IGNORED, 1, True)
+        return loss_of_actions(-nll, actions, problem, entropy.detach())
 
     return step
 
@@ -215,37 +201,46 @@ PEERS = (
     _trl(
         "trl_chunked",
         _trl_chunked,
-        "ChunkedLogProbFunction with entropy, as its GRPO trainer calls it, + PPO loss in torch; action rows gathered",
+        "ChunkedLogProbFunction with entropy, as its GRPO trainer calls it, + loss in torch; action rows gathered",
+        levels=HEAD_LEVELS,
     ),
     _trl(
         "trl_logits",
         _trl_logits,
-        "full logits, selective_log_softmax_and_entropy, + PPO loss in torch; action rows gathered",
+        "full logits, selective_log_softmax_and_entropy, + loss in torch; action rows gathered",
+        levels=HEAD_LEVELS,
     ),
     _verl_peer(
         "verl_fused_linear",
         _verl_fused_linear,
-        "FusedLinearForPPO (torch) with entropy + PPO loss in torch; every row",
+        "FusedLinearForPPO (torch) with entropy + loss in torch; every row",
+        levels=HEAD_LEVELS,
     ),
     _verl_peer(
-        "verl_logits", _verl_logits, "full logits, logprobs_from_logits, no entropy, + PPO loss in torch; every row"
+        "verl_logits",
+        _verl_logits,
+        "full logits, logprobs_from_logits, no entropy, + loss in torch; every row",
+        levels=HEAD_LEVELS,
     ),
     _verl_peer(
         "verl_triton",
         _verl_triton,
-        "Triton linear_cross_entropy with entropy + PPO loss in torch; every row",
+        "Triton linear_cross_entropy with entropy + loss in torch; every row",
+        levels=HEAD_LEVELS,
         devices=CUDA,
     ),
     _liger("liger_grpo", _liger_grpo, "LigerFusedLinearGRPOLoss: PPO loss, no entropy; every row"),
     _liger(
         "liger_scaled_ce",
         _liger_scaled_ce,
-        "LigerFusedLinearScaledCrossEntropyFunction with entropy + PPO loss in torch; action rows gathered",
+        "LigerFusedLinearScaledCrossEntropyFunction with entropy + loss in torch; action rows gathered",
+        levels=HEAD_LEVELS,
     ),
     Contender(
         "cut_cross_entropy",
-        "linear_cross_entropy, its default filter of small gradients, + PPO loss in torch; action rows gathered",
+        "linear_cross_entropy, its default filter of small gradients, + loss in torch; action rows gathered",
         _cut_cross_entropy,
+        levels=HEAD_LEVELS,
         package="cut-cross-entropy",
         install="pip install --no-deps cut-cross-entropy",
         devices=CUDA,
@@ -254,6 +249,7 @@ PEERS = (
         "quack",
         "chunked_linear_cross_entropy: mean cross-entropy, no policy loss, no entropy; every row, others ignored",
         _quack,
+        levels=HEAD_LEVELS,
         objective="cross_entropy",
         package="quack-kernels",
         install="pip install --no-deps quack-kernels nvidia-cutlass-dsl apache-tvm-ffi torch-c-dlpack-ext einops",
@@ -263,19 +259,19 @@ PEERS = (
         "trl_selective",
         _trl_logits,
         "selective_log_softmax_and_entropy + PPO loss in torch",
-        level="logits",
+        levels=("logits",),
     ),
     _verl_peer(
         "verl_logprobs",
         _verl_logits,
         "logprobs_from_logits, no entropy, + PPO loss in torch",
-        level="logits",
+        levels=("logits",),
     ),
     _liger(
         "liger_selective",
         _liger_logits,
         "forward: fused_selective_log_softmax; with gradient: triton_grpo_loss, not in place; no entropy",
         devices=CUDA,
-        level="logits",
+        levels=("logits",),
     ),
 )

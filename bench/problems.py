@@ -8,10 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-TOKENS = (1024, 4096, 8192, 16384, 65536)
-ACTIVE_SHARES = (1.0, 0.7, 0.3)
-LIVE_SHARES = (1.0, 0.5, 0.1)
-
 # Small, so that a share of live groups like 0.1 can be met at any size.
 GROUP_SIZE = 2
 # Rows of logits that exist at once while ids are drawn.
@@ -32,9 +28,11 @@ HEADS = {
     "qwen2.5-7b": Head(3584, 152064, torch.bfloat16),
     "qwen2.5-32b": Head(5120, 152064, torch.bfloat16),
     "cpu": Head(1024, 32000, torch.float32),
+    "cpu-small": Head(512, 16384, torch.float32),
     "tiny": Head(64, 515, torch.float32),
 }
-DEFAULT_TOKENS = {"cpu": 2048, "tiny": 256}
+NO_HEAD = Head(0, 0, torch.float32)
+"""Of problems that begin at log-probs or rewards."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,12 @@ class Problem:
     mask: torch.Tensor  # bool [N]
     rows: torch.Tensor  # int64, indices of the rows with mask True
     num_live: int
+    count: torch.Tensor  # float32 0-d, the action tokens: a number would be a constant of compiled graphs
     host_advantages: torch.Tensor  # the same as `advantages`, on the CPU, where a trainer makes them
     host_mask: torch.Tensor  # likewise
     logits: torch.Tensor | None = field(default=None)  # [N, V]
+    objective: str = "ppo"
+    """What is made of the log-probs: "ppo", or "reinforce" (-A logp) where they are what is measured."""
 
     @property
     def num_active(self) -> int:
@@ -92,6 +93,16 @@ class Problem:
     def leaves(self) -> tuple[torch.Tensor, ...]:
         """The tensors that want a gradient."""
         return (self.hidden, self.weight) if self.logits is None else (self.logits,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return self.ids.device
+
+    @property
+    def rotating_bytes(self) -> int:
+        """Size of what `rotated` copies, less a few numbers per row."""
+        return self.row_inputs.nbytes
 
     @property
     def row_inputs(self) -> torch.Tensor:
@@ -118,8 +129,8 @@ def make_problem(shape: Shape, device: torch.device, seed: int = 0, level: str =
     weight, hidden = _draw_head(shape, random)
     ids, logp = _draw_ids(hidden, weight, random)
     noise = torch.randn(shape.num_rows, generator=random, device=device).clamp_(-3, 3)
-    advantages = _draw_advantages(shape, seed)
-    mask = _action_mask(shape, drop_last=level == "logits")
+    advantages = draw_advantages(shape, seed)
+    mask = action_mask(shape, drop_last=level == "logits")
     logits = (hidden @ weight.t()).requires_grad_() if level == "logits" else None
     return Problem(
         shape,
@@ -132,9 +143,11 @@ def make_problem(shape: Shape, device: torch.device, seed: int = 0, level: str =
         mask.to(device),
         mask.nonzero()[:, 0].to(device),
         int((mask & (advantages != 0)).sum()),
+        mask.sum().float().to(device),
         advantages,
         mask,
         logits,
+        "reinforce" if level == "hidden-logprob" else "ppo",
     )
 
 
@@ -176,7 +189,7 @@ def row_chunks(num_rows: int, width: int, max_numel: int) -> Iterator[slice]:
         yield slice(start, min(start + step, num_rows))
 
 
-def _draw_advantages(shape: Shape, seed: int) -> torch.Tensor:
+def draw_advantages(shape: Shape, seed: int) -> torch.Tensor:
     """One value per sequence, [N]; whole groups are zero, as where all answers to a prompt did equally well."""
     random = torch.Generator().manual_seed(seed)
     num_groups = shape.num_seqs // GROUP_SIZE
@@ -189,7 +202,7 @@ def _draw_advantages(shape: Shape, seed: int) -> torch.Tensor:
     return (values * live.repeat_interleave(GROUP_SIZE)).repeat_interleave(shape.seq_len)
 
 
-def _action_mask(shape: Shape, drop_last: bool) -> torch.Tensor:
+def action_mask(shape: Shape, drop_last: bool) -> torch.Tensor:
     """Bool [N]: in each sequence half of the other rows are a prompt in front, half a tool's output in the middle."""
     num_other = round((1 - shape.active) * shape.seq_len)
     prompt = num_other - num_other // 2
@@ -218,6 +231,11 @@ def loss_flops(num_active: int, num_live: int, head: Head) -> int:
 def recompute_flops(num_active: int, num_live: int, head: Head) -> int:
     """The same where the backward pass computes the logits of live rows again: a (2 + 6 g) NVH."""
     return loss_flops(num_active, num_live, head) + product_flops(num_live, head)
+
+
+def forward_bytes(num_active: int, head: Head) -> int:
+    """The least traffic of log-probs alone: hidden states and weight read once."""
+    return (num_active + head.vocab_size) * head.hidden_size * head.dtype.itemsize
 
 
 def loss_bytes(num_active: int, num_live: int, head: Head) -> int:

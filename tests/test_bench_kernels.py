@@ -1,4 +1,4 @@
-"""The loss benchmark: what it counts, what it refuses to time, and that it runs from end to end."""
+"""The kernel benchmark: what it counts, what it refuses to time, and that it runs from end to end."""
 
 from __future__ import annotations
 
@@ -12,23 +12,37 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import machine, ops
+from bench import kernel_bench, machine, plots
 from bench.contenders import OWN, Contender, Outcome, actions_of, clipped_loss, loss_of_actions, naive
 from bench.gate import gate_problem, truth_of
+from bench.head_levels import HeadLevel
+from bench.kernel_case import Bench, gated, run_case
+from bench.kernel_suites import SUITES
+from bench.kernel_tables import markdown, print_case
+from bench.level import Case
+from bench.levels import LEVELS
 from bench.measure import alternate, resident_peak, run_step
-from bench.problems import Head, Shape, loss_flops, make_problem, recompute_flops
+from bench.memory import peak_of
+from bench.problems import HEADS, NO_HEAD, Head, Shape, loss_flops, make_problem, recompute_flops
 from spear_kernels import linear_logprob
 from spear_kernels.testing import OperationRecorder
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 HEAD = Head(16, 50, torch.float32)
-OPTIONS = ops.Options(CPU, "hidden", repeats=2, seed=3, memory=False)
+SMALL = {"policy": 1024, "cov": 1024, "batch": 4096}
 
 
-def step_of(name: str, level: str = "hidden"):
-    contender = next(one for one in OWN if (one.name, one.level) == (name, level))
-    return contender.build(CPU)
+def contender_of(name, level="hidden"):
+    return next(one for one in LEVELS[level].contenders if one.name == name)
+
+
+def step_of(name):
+    return contender_of(name).build(CPU)
+
+
+def small_case(level, variant=""):
+    return Case(level, Shape(NO_HEAD, SMALL[level], 0.75, num_seqs=512 if level == "batch" else 64), variant)
 
 
 @pytest.mark.parametrize("active", [1.0, 0.7, 0.3])
@@ -189,63 +203,158 @@ def test_failures_and_absences_are_reported_and_do_not_stop_the_others():
 
 
 def measured(contenders, shape):
-    contenders = [*ops.chosen("hidden", ("floor",)), *contenders]
-    gates = {one.name: ops.gated(one, HEAD.dtype, OPTIONS) for one in contenders}
-    case = ops.run_case(contenders, gates, shape, OPTIONS)
-    assert ops.table(case)
-    return case["contenders"]
+    given = tuple(contenders)
+
+    class Only(HeadLevel):
+        contenders = (contender_of("floor"), *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LEVELS, "hidden", Only("hidden"))
+        record = run_case(Case("hidden", shape), Bench(CPU, repeats=2, seed=3, memory=False))
+    print_case(record)
+    assert all(one.name in markdown({"cases": [record]}) for one in given)
+    return record["contenders"]
 
 
-@pytest.mark.parametrize("name", ["linear_policy_loss", "linear_logprob"])
+@pytest.mark.parametrize("level", ["hidden", "hidden-logprob"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_own_operators_pass_their_gate(name, dtype):
-    (contender,) = (one for one in OWN if one.name == name)
-    entry = ops.gated(contender, dtype, OPTIONS)
-    assert entry["status"] == "passed"
-    assert entry["gate"]["logp_max"] < 1e-4
+def test_own_operators_pass_their_gate(level, dtype):
+    for contender in LEVELS[level].contenders:
+        if contender.name.startswith("linear") and "cpu" in contender.devices:
+            entry = gated(contender, Case(level, Shape(replace(HEAD, dtype=dtype), 256)), CPU, seed=3)
+            assert entry["status"] == "passed", entry
+            assert entry["gate"]["logp_max"] < 1e-4
+            assert entry["gate"]["entropy_p99"] < 1e-4
 
 
-@pytest.mark.parametrize("level", ["hidden", "logits"])
-def test_end_to_end(level, tmp_path, capsys):
-    out = tmp_path / "new" / "ops.json"
-    command = ["--shape", "tiny", "--level", level, "--repeats", "2", "--no-memory", "--out", str(out)]
-    assert ops.main([*command, "--tokens", "256", "512", "--active", "0.5"]) == 0
+@pytest.mark.parametrize(("level", "variant"), [(name, variant) for name in SMALL for variant in LEVELS[name].variants])
+def test_layers_without_a_head_agree_with_their_definitions(level, variant):
+    bench = Bench(CPU, repeats=1, seed=5, memory=False, skip=("naive_compiled", "trl", "verl", "verl_vectorized"))
+    record = run_case(small_case(level, variant), bench)
+    floor, *others = record["contenders"].items()
+    assert floor[0] == "copy"
+    for name, entry in others:
+        assert entry["status"] == "measured", (name, entry)
+        assert entry["floor_share"] > 0
+        assert ("forward" in entry) == (level == "policy")
+
+
+@pytest.mark.parametrize("kind", ["ppo", "gspo", "cispo"])
+def test_the_loss_of_trl_is_the_same(kind):
+    pytest.importorskip("trl")
+    entry = gated(contender_of("trl", "policy"), small_case("policy", kind), CPU, seed=6)
+    assert entry["status"] == "passed", entry
+
+
+@pytest.mark.parametrize("name", ["liger_grpo", "liger_scaled_ce"])
+def test_the_losses_of_liger_are_the_same(name):
+    pytest.importorskip("liger_kernel")
+    entry = gated(contender_of(name), Case("hidden", Shape(HEAD, 256)), CPU, seed=6)
+    assert entry["status"] == "passed", entry
+
+
+def test_a_wrong_choice_of_tokens_gets_no_speed():
+    level, case = LEVELS["cov"], small_case("cov", "kl_cov")
+    problem = level.gate_problem(case, CPU, 0)
+    truth = level.truth(problem, "loss", None)
+    assert 0 < truth.choice.sum() < problem.num_active
+    moved = Outcome(None, values=(truth.choice.roll(1),))
+    assert level.errors(moved, problem, truth)["choice"] > 0.1
+    assert level.errors(Outcome(None, values=(truth.choice,)), problem, truth)["choice"] == 0
+
+
+def test_torch_compile_without_a_compiler_is_a_row_that_says_so(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    entry = gated(contender_of("naive_compiled"), Case("hidden", Shape(HEAD, 256)), CPU, seed=3)
+    assert (entry["status"], entry["install"]) == ("not installed", "install a C++ compiler, g++ say, or set CXX")
+    assert "C++ compiler" in entry["reason"]
+
+
+def test_end_to_end(tmp_path, capsys):
+    out = tmp_path / "new" / "kernels.json"
+    options = ["--suite", "tiny", "--repeats", "2", "--no-memory", "--only", "ours,naive", "--out", str(out)]
+    heads = ["hidden", "hidden-logprob", "logits"]
+    assert kernel_bench.main([*options, "--level", *heads]) == 0
     result = json.loads(out.read_text())
+    assert result["benchmark"] == "kernels"
     assert result["machine"]["packages"]["torch"] == torch.__version__
-    assert [case["num_rows"] for case in result["cases"]] == [256, 512]
-    own = {"hidden": ["floor", "naive", "linear_policy_loss", "linear_logprob"], "logits": ["copy", "naive", "logprob"]}
+    assert [case["level"] for case in result["cases"]] == heads
+    own = {
+        "hidden": ["floor", "naive", "linear_policy_loss", "linear_logprob"],
+        "hidden-logprob": ["floor", "naive", "linear_logprob", "linear_logprob_mask"],
+        "logits": ["copy", "naive", "logprob"],
+    }
+    shown = markdown(result)
     for case in result["cases"]:
-        for name in own[level]:
+        for name in own[case["level"]]:
             entry = case["contenders"][name]
             assert entry["status"] == "measured"
-            assert len(entry["times_s"]) == 2
-            assert entry["floor_share"] > 0
-            assert name not in ("linear_policy_loss", "logprob") or entry["errors"]["logp_p99"] < 1e-4
-    assert "linear_policy_loss" in capsys.readouterr().out or level == "logits"
+            for part in (entry, entry["forward"]):
+                assert len(part["times_s"]) == 2
+                assert part["floor_share"] > 0
+            assert name in shown
+            assert name in ("floor", "copy") or entry["errors"]["logp_p99"] < 1e-4
+    assert "linear_policy_loss" in capsys.readouterr().out
+    (path,) = plots.draw({**result, "cases": result["cases"][:1]}, tmp_path)
+    assert path.name == "kernels-hidden-h64.png"
+    assert path.stat().st_size > 10_000
+
+
+def test_every_suite_names_cases_that_exist():
+    for name, blocks in SUITES.items():
+        cases = [case for block in blocks for case in block.cases()]
+        assert {case.level for case in cases} == set(LEVELS) or name.startswith("cuda-"), name
+        assert len({(case.level, case.title) for case in cases}) == len(cases), name
+        assert all(case.variant in LEVELS[case.level].variants for case in cases)
+    heads = {case.shape.head for block in SUITES["cuda"] for case in block.cases()}
+    assert {HEADS[name] for name in HEADS if name.startswith("qwen")} <= heads
+
+
+def test_a_suite_can_be_narrowed_but_not_changed():
+    with pytest.raises(SystemExit, match="cannot change a suite"):
+        kernel_bench.main(["--suite", "tiny", "--tokens", "512"])
+    with pytest.raises(SystemExit, match="no case"):
+        kernel_bench.main(["--suite", "tiny", "--level", "hidden", "--shape", "cpu"])
 
 
 def test_a_deadline_leaves_cases_out_and_says_so(tmp_path):
-    out = tmp_path / "ops.json"
-    command = ["--shape", "tiny", "--only", "naive", "--repeats", "1", "--no-memory", "--out", str(out)]
-    ops.main([*command, "--tokens", "256", "512", "--deadline", "1e-9"])
-    assert not out.exists() or not json.loads(out.read_text())["cases"]
+    out = tmp_path / "kernels.json"
+    kernel_bench.main(["--suite", "tiny", "--level", "logits", "--deadline", "0", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert not result["cases"]
+    assert result["left_out_from"].startswith("logits: N 256")
 
 
 def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
-        ops.main(["--only", "linear_policy_los"])
+        kernel_bench.main(["--only", "linear_policy_los"])
     assert "linear_policy_loss" in capsys.readouterr().err
 
 
 def test_groups_stand_for_their_members():
-    assert [one.name for one in ops.chosen("hidden", ops._names("ours"))] == [
-        "floor",
-        "linear_policy_loss",
-        "linear_policy_loss_on_device",
-        "linear_logprob",
-    ]
-    left = {one.name for one in ops.chosen("hidden", skip=ops._names("peers"))}
-    assert left == {one.name for one in OWN if one.level == "hidden"}
+    def chosen(**options):
+        bench = Bench(CPU, repeats=1, **options)
+        return [one.name for one in bench.chosen(Case("hidden", Shape(HEAD, 256)))]
+
+    own = ["floor", "linear_policy_loss", "linear_policy_loss_on_device", "linear_logprob"]
+    assert chosen(only=kernel_bench._names("ours")) == own
+    left = chosen(skip=kernel_bench._names("peers"))
+    assert left == [one.name for one in OWN if "hidden" in one.levels]
+
+
+def test_the_script_hides_its_folder_from_transformers():
+    """First as another script of its folder, where transformers looks for the package "kernels", then as a script."""
+    code = (
+        "import importlib.util, runpy, sys\n"
+        "sys.path[0] = 'bench'\n"
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "print(is_kernels_available(), any(name.startswith('bench') for name in sys.modules))\n"
+        "sys.argv = ['bench/kernels.py', '--suite', 'none']\n"
+        "try: runpy.run_path('bench/kernels.py', run_name='__main__')\n"
+        "except SystemExit: print(importlib.util.find_spec('bench.levels') is not None, 'bench' in sys.path)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["False False", "True False"], done.stderr
 
 
 def test_turns_alternate():
@@ -279,9 +388,9 @@ def test_the_memory_probe_sees_what_was_allocated_and_freed():
 
 
 def test_memory_of_a_step_is_taken_in_a_process_of_its_own():
-    problem = make_problem(Shape(ops.HEADS["tiny"], 2048), CPU, OPTIONS.seed)
-    (contender,) = ops.chosen("hidden", ("naive",), skip=("floor",))[1:]
-    figure = ops._peak(contender, step_of("naive"), problem, OPTIONS)
+    case = Case("hidden", Shape(HEADS["tiny"], 2048))
+    problem = make_problem(case.shape, CPU, seed=3)
+    figure = peak_of(contender_of("naive"), step_of("naive"), problem, case, seed=3)
     logits = 2048 * 515 * 4
     assert 2 * logits < figure["peak_extra_bytes"] < 8 * logits
 
@@ -330,8 +439,10 @@ def test_the_session_script_plans_every_part():
     for part in (
         "== machine",
         "== tests on the GPU",
-        "ops-qwen2.5-32b-65536.json",
-        "--level logits",
-        "--live 1 0.5 0.1",
+        "--suite cuda-tokens --shape qwen2.5-32b",
+        "--suite cuda-shares",
+        "--suite cuda-logprob",
+        "--suite cuda-logits",
+        "--suite cuda-packed --out bench/results/GPU/kernels-packed.json",
     ):
         assert part in done.stdout
