@@ -19,27 +19,18 @@ from spear_fast.integrations.trl import SPEARConfig, SPEARTrainer
 from spear_fast.integrations.trl.batches import replay_batches
 from spear_fast.integrations.trl.rollouts import runs
 from spear_fast.types import Group, Row, Task, Trajectory, Turn
-from tests.integrations.trl_toys import batch, prompts, settings, tiny_model, tiny_tokenizer
+from tests.integrations.trl_toys import (
+    batch,
+    prompts,
+    scripted_rollouts,
+    settings,
+    tiny_model,
+    tiny_tokenizer,
+    word_reward,
+)
 
 NO_TOOLS = {"intrinsic_mode": "none", "replay_mode": "off"}
 EPS = (0.2, 0.28, 10.0)
-
-
-def scripted_rollouts(rows: list[Any], trainer: Any) -> dict[str, Any]:
-    """Completions of 6 tokens that depend on the step alone; sample i of a group called i % 3 tools."""
-    generator = torch.Generator().manual_seed(trainer.state.global_step)
-    calls = [index % 3 for index in range(len(rows))]
-    return {
-        "prompt_ids": [[5, 6, 7][: 1 + index % 3] for index in range(len(rows))],
-        "completion_ids": torch.randint(3, 290, (len(rows), 6), generator=generator).tolist(),
-        "logprobs": None,
-        "env_mask": [[1, 1, 0, 0, 1, 1] if count else [1] * 6 for count in calls],
-        "num_tool_calls": calls,
-    }
-
-
-def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    return [float(ids[0] % 5) for ids in completion_ids]
 
 
 def spear(folder: Path, model: Any = None, tools: bool = True, **options: Any) -> SPEARTrainer:
@@ -47,7 +38,7 @@ def spear(folder: Path, model: Any = None, tools: bool = True, **options: Any) -
     args = SPEARConfig(**settings(folder, **{**defaults, **options}))
     made = SPEARTrainer(
         tiny_model() if model is None else model,
-        reward,
+        word_reward,
         args,
         train_dataset=prompts(),
         processing_class=tiny_tokenizer(),
@@ -105,7 +96,7 @@ def test_gradients_of_a_step_are_those_of_trl(name: str, tmp_path: Path) -> None
             del part["old_per_token_logps"]
     args = GRPOConfig(**settings(tmp_path, scale_rewards="none", **common))
     stock = GRPOTrainer(
-        copy.deepcopy(model), reward, args=args, train_dataset=prompts(), processing_class=tiny_tokenizer()
+        copy.deepcopy(model), word_reward, args=args, train_dataset=prompts(), processing_class=tiny_tokenizer()
     )
     stock.current_gradient_accumulation_steps = steps
     stock.model.train()
@@ -227,8 +218,11 @@ def test_a_run_replays_and_pays_for_tools(options: dict[str, Any], tmp_path: Pat
     mu = [(math.cos(math.pi * step / 4) + 1) / 2 for step in range(5)]
     paid = [value * (3 * 0.1 + 2 * 0.2) / 8 for value in mu]
     assert history(trainer, "rewards/spear_tool_reward/mean") == pytest.approx(paid, abs=1e-6)
-    outcome, total = history(trainer, "rewards/reward/mean"), history(trainer, "reward")
+    outcome, total = history(trainer, "rewards/word_reward/mean"), history(trainer, "reward")
     assert total == pytest.approx([a + b for a, b in zip(outcome, paid, strict=True)], abs=1e-5)
+    evaluation = trainer.evaluate(prompts().select(range(4)))
+    assert evaluation["eval_rewards/spear_tool_reward/mean"] == 0.0
+    assert evaluation["eval_reward"] == pytest.approx(evaluation["eval_rewards/word_reward/mean"])
 
 
 def test_resume_restores_round_and_memory(tmp_path: Path) -> None:
@@ -294,9 +288,13 @@ def test_tool_calls_of_trls_own_loop_are_counted(tmp_path: Path) -> None:
         **settings(tmp_path, max_completion_length=256, gradient_accumulation_steps=1, filter_unreadable=False)
     )
     trainer = SPEARTrainer(
-        tiny_model(max_position_embeddings=2048), reward, args, train_dataset=prompts(), processing_class=tokenizer,
+        tiny_model(max_position_embeddings=2048),
+        word_reward,
+        args,
+        train_dataset=prompts(),
+        processing_class=tokenizer,
         tools=[add],
-    )  # fmt: skip
+    )
     calls = ["plain"] + [
         f'<tool_call>\n{{"name": "{name}", "arguments": {{"a": {a}, "b": 1}}}}\n</tool_call>'
         for name, a in (("add", 1), ("add", 9), ("sub", 1))
@@ -358,4 +356,4 @@ def test_trainers_without_tools_or_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="intrinsic_mode='cosine' rewards tool calls"):
         spear(tmp_path, tools=False)
     with pytest.raises(ConfigError, match="args=GRPOConfig must be a SPEARConfig"):
-        SPEARTrainer(tiny_model(), reward, GRPOConfig(**settings(tmp_path)), train_dataset=prompts())
+        SPEARTrainer(tiny_model(), word_reward, GRPOConfig(**settings(tmp_path)), train_dataset=prompts())

@@ -59,6 +59,7 @@ def settings(folder: Path, **options: Any) -> dict[str, Any]:
         "gradient_accumulation_steps": 2,
         "num_generations": 4,
         "max_completion_length": 8,
+        "per_device_eval_batch_size": 4,
         **options,
     }
 
@@ -88,3 +89,20 @@ def batch(seed: int, rows: int = 4, prompt: int = 5, completion: int = 7, *, too
         inputs["tool_mask"] = torch.where((place == 1) | (place == 2), 0, 1).repeat(rows, 1)
     inputs["num_items_in_batch"] = (mask * inputs.get("tool_mask", 1)).sum() * 2
     return inputs
+
+
+def scripted_rollouts(rows: list[Any], trainer: Any) -> dict[str, Any]:
+    """Completions of 6 tokens that depend on the step alone; sample i of a group called i % 3 tools."""
+    generator = torch.Generator().manual_seed(trainer.state.global_step)
+    calls = [index % 3 for index in range(len(rows))]
+    return {
+        "prompt_ids": [[5, 6, 7][: 1 + index % 3] for index in range(len(rows))],
+        "completion_ids": torch.randint(3, 290, (len(rows), 6), generator=generator).tolist(),
+        "logprobs": None,
+        "env_mask": [[1, 1, 0, 0, 1, 1] if count else [1] * 6 for count in calls],
+        "num_tool_calls": calls,
+    }
+
+
+def word_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(ids[0] % 5) for ids in completion_ids]

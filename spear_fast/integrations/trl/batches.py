@@ -48,6 +48,11 @@ class TokenBatch:
         return torch.arange(self.labels.shape[1], device=self.labels.device).expand_as(self.labels)
 
 
+def joined_tokens(batches: Sequence[TokenBatch], values: Sequence[Any]) -> torch.Tensor:
+    """The values [N] of the action tokens of all batches, from [B, L] or [B] for each."""
+    return torch.cat([batch.tokens(value) for batch, value in zip(batches, values, strict=True)])
+
+
 def from_inputs(inputs: dict[str, Any]) -> TokenBatch:
     """The batch of one entry of TRL's `_buffered_inputs`; the first token of a prompt is never scored."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)

@@ -168,6 +168,10 @@ def _check_trl_options(config: SPEARConfig) -> None:
             f"multi_objective_aggregation={config.multi_objective_aggregation!r} leaves no total reward to replay; "
             "use 'sum_then_normalize'"
         )
+    if config.loss_type == "dr_grpo" and config.max_completion_length is None:
+        raise ConfigError(
+            "max_completion_length=None leaves loss_type='dr_grpo' nothing to divide by; set it in tokens"
+        )
     if config.policy_loss == "trl":
         return
     ours = f"has no meaning with policy_loss={config.policy_loss!r};"

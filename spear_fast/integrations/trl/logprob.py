@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spear_fast.errors import ConfigError
-from spear_kernels import PolicyHead, replace_lm_head
+from spear_kernels import PolicyHead, PolicyInputs, replace_lm_head
 
 IGNORED = -100
 _Trainer: Any = object
@@ -42,7 +42,7 @@ class LogProbMixin(_Trainer):
         if getattr(self, "ref_model", None) is not None and not is_wrapped:
             self._heads.append(self.ref_model)
         for model in self._heads:
-            _replace_head(model, self.temperature)
+            _replace_head(model)
 
     def _generate(self, prompts: list[Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's generation; keeps the tool mask, its third result, for log-probs computed before there is a batch."""
@@ -85,7 +85,7 @@ class LogProbMixin(_Trainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kw
             )
-        head = _ScoredModel(model, self._action_mask(len(input_ids), logits_to_keep))
+        head = _ScoredModel(model, self._action_mask(len(input_ids), logits_to_keep), self.temperature)
         return super()._get_per_token_logps_and_entropies(head, input_ids, attention_mask, logits_to_keep, *args, **kw)
 
     def _action_mask(self, num_rows: int, length: int) -> torch.Tensor | None:
@@ -102,8 +102,8 @@ class LogProbMixin(_Trainer):
 class _ScoredModel:
     """Stands for a model in TRL's method: takes its call for the fused head and makes ours; rows come in order."""
 
-    def __init__(self, model: Any, mask: torch.Tensor | None) -> None:
-        self.model, self.mask, self.done = model, mask, 0
+    def __init__(self, model: Any, mask: torch.Tensor | None, temperature: float) -> None:
+        self.model, self.mask, self.temperature, self.done = model, mask, temperature, 0
 
     def __call__(self, *, labels: torch.Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:
         """log_probs and entropy [B, L - 1] of labels [B, L], and aux_loss, as TRL's fused head returns them."""
@@ -112,7 +112,7 @@ class _ScoredModel:
         if self.mask is not None:
             completion = labels[:, -self.mask.shape[1] :]
             completion.masked_fill_(~self.mask[start : self.done].to(labels.device), IGNORED)
-        output = self.model(**inputs, logp_labels=labels)
+        output = self.model(**inputs, policy_inputs=PolicyInputs(labels, temperature=self.temperature))
         return SimpleNamespace(log_probs=output.logp[:, 1:], entropy=output.entropy[:, 1:], aux_loss=output.aux_loss)
 
 
@@ -148,14 +148,15 @@ def _is_mask(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(row, list) and set(map(type, row)) <= {int} for row in value)
 
 
-def _replace_head(model: Any, temperature: float) -> None:
-    """`replace_lm_head` for a model whose head TRL may have cast to float32."""
+def _replace_head(model: Any) -> None:
+    """`replace_lm_head` for a model whose head TRL may have cast to float32, or an earlier trainer replaced."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     cast = inner.get_output_embeddings().__dict__.pop("forward", None)
-    try:
-        replace_lm_head(model, temperature=temperature)
-    except ValueError as error:
-        raise ConfigError(f"the head of {type(inner).__name__} cannot be replaced: {error}") from error
+    if not isinstance(inner.get_output_embeddings(), PolicyHead):
+        try:
+            replace_lm_head(model)
+        except ValueError as error:
+            raise ConfigError(f"the head of {type(inner).__name__} cannot be replaced: {error}") from error
     if cast is not None:
         head = inner.get_output_embeddings()
         head.forward = MethodType(_float32_head, head)

@@ -18,7 +18,7 @@ from spear_kernels import (
     policy_loss,
 )
 
-from .batches import TokenBatch
+from .batches import TokenBatch, joined_tokens
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +32,7 @@ class StepPlan:
 
     cfg: PolicyLossConfig
     counts: torch.Tensor  # float64 [2]: action tokens and sequences of all ranks, divided by the number of ranks
+    temperature: float
     seed: int
     selected: list[torch.Tensor] | None
     """Per micro-batch the tokens that Clip-Cov or KL-Cov chose, bool [B, L]; None: not needed, or left to the loss."""
@@ -52,9 +53,15 @@ class ExtraTerms:
 
 
 def plan_step(
-    model: Any, batches: Sequence[TokenBatch], cfg: PolicyLossConfig, stats: str, accelerator: Accelerator, seed: int,
+    model: Any,
+    batches: Sequence[TokenBatch],
+    cfg: PolicyLossConfig,
+    stats: str,
+    accelerator: Accelerator,
+    temperature: float,
+    seed: int,
     logps: Sequence[torch.Tensor] | None = None,
-) -> StepPlan:  # fmt: skip
+) -> StepPlan:
     """Count all ranks' tokens and, for the covariance losses, choose tokens over all micro-batches and ranks.
 
     The choice needs the log-probs under the present weights: `logps` [B, L] of each batch if they are known, else one
@@ -65,27 +72,23 @@ def plan_step(
     counts = accelerator.reduce(counts, reduction="sum") / accelerator.num_processes
     several = len(batches) > 1 or accelerator.num_processes > 1
     if not cfg.uses_covariance or stats == "microbatch" or not several:
-        return StepPlan(cfg, counts, seed, None, {})
+        return StepPlan(cfg, counts, temperature, seed, None, {})
     if logps is None:
         with torch.no_grad(), accelerator.autocast():
-            logps = [_score(model, batch).logp for batch in batches]
+            logps = [_score(model, batch, temperature).logp for batch in batches]
     for batch, logp in zip(batches, logps, strict=True):
         batch.old_logp = logp if batch.old_logp is None else batch.old_logp
-
-    def all_of(values: Sequence[Any]) -> torch.Tensor:
-        return torch.cat([batch.tokens(value) for batch, value in zip(batches, values, strict=True)])
-
     group = dist.group.WORLD if accelerator.num_processes > 1 else None
-    logp, advantages = all_of(logps), all_of([batch.advantages for batch in batches])
+    logp, advantages = joined_tokens(batches, logps), joined_tokens(batches, [batch.advantages for batch in batches])
     chosen = covariance_select(
         logp,
-        all_of([batch.old_logp for batch in batches]),
+        joined_tokens(batches, [batch.old_logp for batch in batches]),
         advantages,
         None,
         cfg,
-        all_of([batch.uid for batch in batches]),
+        joined_tokens(batches, [batch.uid for batch in batches]),
         seed,
-        positions=all_of([batch.positions for batch in batches]),
+        positions=joined_tokens(batches, [batch.positions for batch in batches]),
         group=group,
     )
     parts = chosen.split([int(batch.mask.sum()) for batch in batches])
@@ -93,7 +96,8 @@ def plan_step(
         torch.zeros_like(batch.mask).masked_scatter(batch.mask, part)
         for batch, part in zip(batches, parts, strict=True)
     ]
-    return StepPlan(cfg, counts, seed, selected, covariance_metrics(logp, advantages, None, group=group))
+    covariance = covariance_metrics(logp, advantages, None, group=group)
+    return StepPlan(cfg, counts, temperature, seed, selected, covariance)
 
 
 def micro_batch_loss(
@@ -108,14 +112,24 @@ def micro_batch_loss(
     num_tokens, num_seqs = plan.counts.unbind()
     if batch.old_logp is not None and (extra is None or not extra.any):
         inputs = PolicyInputs(
-            batch.labels, batch.old_logp, batch.advantages, plan.cfg, seq_ids=batch.uid, positions=batch.positions,
-            ref_logp=batch.ref_logp, row_weight=batch.row_weight, selected=selected, num_tokens=num_tokens,
-            num_seqs=num_seqs, seed=plan.seed,
-        )  # fmt: skip
+            batch.labels,
+            batch.old_logp,
+            batch.advantages,
+            plan.cfg,
+            temperature=plan.temperature,
+            seq_ids=batch.uid,
+            positions=batch.positions,
+            ref_logp=batch.ref_logp,
+            row_weight=batch.row_weight,
+            selected=selected,
+            num_tokens=num_tokens,
+            num_seqs=num_seqs,
+            seed=plan.seed,
+        )
         output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, policy_inputs=inputs)
         return output.loss, output.metrics, output.logp
     extra = extra or ExtraTerms()
-    output = _score(model, batch, with_router=extra.aux_coef != 0.0)
+    output = _score(model, batch, plan.temperature, with_router=extra.aux_coef != 0.0)
     old_logp = output.logp.detach() if batch.old_logp is None else batch.old_logp
     given = {"ref_logp": batch.ref_logp, "row_weight": batch.row_weight, "selected": selected}
     optional: dict[str, Any] = {name: batch.tokens(value) for name, value in given.items() if value is not None}
@@ -153,6 +167,7 @@ def joined(parts: Sequence[Metrics], accelerator: Accelerator) -> dict[str, floa
     return {name: value / len(table) if name in ("loss", "policy_loss") else value for name, value in values.items()}
 
 
-def _score(model: Any, batch: TokenBatch, with_router: bool = False) -> Any:
+def _score(model: Any, batch: TokenBatch, temperature: float, with_router: bool = False) -> Any:
+    inputs = PolicyInputs(batch.labels, temperature=temperature)
     router = {"output_router_logits": True} if with_router else {}
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logp_labels=batch.labels, **router)
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, policy_inputs=inputs, **router)

@@ -111,7 +111,7 @@ class Imitation:
             accelerator.device,
         )
         seed = derive_seed(self.args.seed, "sil", self._round, index)
-        plan = plan_step(model, batches, self.cfg, self.args.cov_stats, accelerator, seed)
+        plan = plan_step(model, batches, self.cfg, self.args.cov_stats, accelerator, self.args.temperature, seed)
         parts = []
         for place, batch in enumerate(batches):
             reduced = reduce and place == len(batches) - 1

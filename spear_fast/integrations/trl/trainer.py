@@ -237,6 +237,7 @@ class SPEARTrainer(LogProbMixin, GRPOTrainer):
             self._on_policy,
             self.spear.cov_stats,
             self.accelerator,
+            self.temperature,
             derive_seed(self.args.seed, "on-policy", self._finished_rounds, place_in_round // accumulation),
             known if len(known) == len(window) else None,
         )
