@@ -79,7 +79,8 @@ def show(result: Mapping[str, Any], columns: Sequence[Column]) -> None:
         console = Console(width=_FILE_WIDTH)
     for case in result["cases"]:
         used = _used(case, columns)
-        table = Table(title=case["name"], title_justify="left")
+        console.print(case["name"], style="bold", markup=False, highlight=False)
+        table = Table()
         table.add_column("")
         for heading, _ in used:
             table.add_column(heading, justify="right")

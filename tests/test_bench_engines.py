@@ -102,8 +102,8 @@ class Wrong:
     def __init__(self, contender, change) -> None:
         self._contender, self._change = contender, change
 
-    def run(self, work, *, logps):
-        answers = self._contender.run(work, logps=True)
+    def run(self, conversations, *, logps):
+        answers = self._contender.run(conversations, logps=True)
         for messages in answers:
             for message in messages:
                 self._change(message)
