@@ -11,27 +11,45 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["cold_start.steps=40", "cold_start.num_demos=512", "steps=3", "rollout.prompts_per_step=8"]
-SHORT += ["eval.num_tasks=16", "checkpoint.every=0"]
+SHORT = ["steps=3", "rollout.prompts_per_step=8", "eval.num_tasks=16", "checkpoint.every=0"]
+COLD_START = ["cold_start.steps=40", "cold_start.num_demos=512", "cold_start.batch_size=16"]
 """The whole quickstart takes minutes; this much learns the format and passes through every phase."""
 
 
-@pytest.mark.parametrize("overrides", [[], ["engine.placement=process", "model.dtype=bfloat16"]])
-def test_the_quickstart_runs_with_vllm(tmp_path, overrides):
+def run(out: Path, *overrides: str) -> Path:
+    """The folder of a run that the command line made in a process of its own."""
     command = [sys.executable, "-m", "spear_fast.cli", "train", str(ROOT / "configs/quickstart.yaml"), "engine=vllm"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     done = subprocess.run(
-        [*command, f"out={tmp_path}", "log.progress=plain", *SHORT, *overrides],
+        [*command, f"out={out}", "log.progress=plain", *SHORT, *overrides],
         capture_output=True,
         text=True,
         env=environment,
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "quickstart/metrics.jsonl").read_text().splitlines()]
+    return out / "quickstart"
+
+
+def assert_learnt_with_its_own_weights(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward/mean" in line]
     assert [line["sync/version"] for line in steps] == [1, 2, 3]
     assert all(line["sync/unverified"] == 0 for line in steps), "every parameter must be compared with the engine's"
     assert all(line["update/logp_gap_nats"] < 0.02 for line in steps)
     assert sum(line["reward/tool_calls_mean"] for line in steps) > 0
     assert all(line["rollout/status_ok_frac"] + line["rollout/status_truncated_frac"] == 1 for line in steps)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("inproc"), *COLD_START)
+
+
+def test_the_quickstart_runs_with_vllm(quickstart):
+    assert_learnt_with_its_own_weights(quickstart)
+
+
+def test_its_policy_trains_on_in_bfloat16_with_vllm_in_a_process_of_its_own(quickstart, tmp_path):
+    start = [f"model.path={quickstart / 'start_model'}", "cold_start.steps=0"]
+    assert_learnt_with_its_own_weights(run(tmp_path, *start, "engine.placement=process", "model.dtype=bfloat16"))
