@@ -9,7 +9,14 @@ from spear_kernels.group_advantage import group_advantages
 from spear_kernels.linear_logprob import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES, linear_logprob
 from spear_kernels.linear_policy_loss import linear_policy_loss
 from spear_kernels.logprob import logprob
-from spear_kernels.modules import PolicyHead, PolicyInputs, PolicyOutput, replace_lm_head, restore_lm_head
+from spear_kernels.modules import (
+    FusedLinearGRPOLoss,
+    PolicyHead,
+    PolicyInputs,
+    PolicyOutput,
+    replace_lm_head,
+    restore_lm_head,
+)
 from spear_kernels.policy_loss import PolicyLossConfig, join_metrics, policy_loss
 from spear_kernels.recalibrate import Recalibrated, median, recalibrate, recalibrated_advantages, scaled_advantages
 from spear_kernels.repetition import max_ngram_counts
@@ -21,6 +28,7 @@ from spear_kernels.step_advantage import step_advantages
 __all__ = [
     "CPU_CHUNK_BYTES",
     "DEVICE_CHUNK_BYTES",
+    "FusedLinearGRPOLoss",
     "LinearPolicyLossResult",
     "LogProbs",
     "PolicyHead",

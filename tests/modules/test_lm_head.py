@@ -144,7 +144,7 @@ def test_names_weights_generation_and_signature_stay_and_restore_undoes_it():
     generated = model.generate(ids, max_new_tokens=3, do_sample=False)
     signature = inspect.signature(model.forward)
     replace_lm_head(model)
-    assert isinstance(model.lm_head, PolicyHead) and model.lm_head.weight is tied
+    assert isinstance(model.lm_head, PolicyHead) and model.lm_head.weight is tied and head.weight is None
     assert list(model.state_dict()) == names and inspect.signature(model.forward) == signature
     assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), generated)
     with torch.no_grad():

@@ -276,6 +276,8 @@ def replace_lm_head(
     settings = HeadSettings(temperature, chunk_bytes, backend, vocab_size, scale)
     forward = PolicyForward(inner, path, linear, settings)
     _put(inner, path, PolicyHead(linear))
+    # Kept for restore_lm_head, it would keep whole weights alive that FSDP2 replaces by shards.
+    linear.weight, linear.bias = cast(Any, None), cast(Any, None)
     inner.forward = forward
     return model
 
