@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -17,10 +18,11 @@ class _NothingReplaced:
         pass
 
 
-def _languages(function: FunctionType) -> set[str]:
+@cache
+def _languages(function: FunctionType) -> frozenset[str]:
     """The modules that the interpreter replaces functions of when it calls `function`."""
     seen = (value for value in function.__globals__.values() if inspect.ismodule(value))
-    return {module.__name__ for module in seen if module in (tl, tl.core)}
+    return frozenset(module.__name__ for module in seen if module in (tl, tl.core))
 
 
 def patch_once_per_launch() -> None:

@@ -13,6 +13,8 @@ from spear_kernels.policy_loss.library import policy_loss_op
 from spear_kernels.testing import policy_config, policy_problem
 
 SIZES = (40, 57, 90, 130)
+# Recording lines slows torch's compiler several times; test_opcheck has the lines of the operator recorded.
+unrecorded = pytest.mark.no_cover
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +73,7 @@ CASES += [
 ]
 
 
+@unrecorded
 @pytest.mark.parametrize(("kind", "aggregation", "choice_inside", "backend"), CASES)
 def test_after_the_second_size_nothing_is_compiled_again(kind, aggregation, choice_inside, backend):
     """One whole graph; numbers of tokens and sequences and the seed become symbolic when they first change."""
@@ -87,6 +90,7 @@ def test_after_the_second_size_nothing_is_compiled_again(kind, aggregation, choi
         assert counter.graphs == min(seed + 1, 2)
 
 
+@unrecorded
 @pytest.mark.parametrize("count", [lambda n: n + 0.5, lambda n: torch.tensor(n)])
 def test_one_dynamic_graph_serves_every_number_of_tokens(count):
     cfg = policy_config()
@@ -98,6 +102,7 @@ def test_one_dynamic_graph_serves_every_number_of_tokens(count):
         torch.testing.assert_close(loss, loss_and_metrics(tensors, cfg, num_tokens=count(num_rows))[0])
 
 
+@unrecorded
 @torch._inductor.config.patch({"cpp_cache_precompile_headers": False, "cpp.simdlen": 1})
 def test_inductor_gives_the_same():
     p, cfg = policy_problem(70), policy_config("clip_cov", "seq-mean-token-mean", tis_cap=1.2)

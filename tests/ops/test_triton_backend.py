@@ -27,6 +27,10 @@ from spear_kernels.testing import (
 NUM_ROWS, WIDTH, VOCAB = 83, 40, 523
 CHUNK_BYTES = 47 * VOCAB * 4
 
+# Recording the lines that the interpreter runs doubles the time of a test. The tests of each kernel and the smaller
+# ones below have the same lines recorded.
+unrecorded = pytest.mark.no_cover
+
 
 @pytest.fixture
 def on_a_device():
@@ -55,6 +59,7 @@ def assert_all_close_to_truth(actual, exact, plain):
         assert_close_to_truth(own.detach(), true.detach(), naive.detach())
 
 
+@unrecorded
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_logprob(dtype, inplace):
@@ -161,6 +166,7 @@ def word(cfg):
     return f"{cfg.kind}-{cfg.aggregation}-{'all terms' if cfg.kl_coef else 'surrogate'}"
 
 
+@unrecorded
 @pytest.mark.parametrize("cfg", configurations(), ids=word)
 def test_linear_policy_loss(cfg):
     p, head = policy_case()
@@ -171,6 +177,7 @@ def test_linear_policy_loss(cfg):
     )
 
 
+@unrecorded
 @pytest.mark.parametrize("cfg", configurations()[:12], ids=word)
 def test_rows_are_counted_on_the_device_without_waiting(cfg, on_a_device):
     """Masked rows hold NaN: neither their logits nor their gradients may be read."""

@@ -17,7 +17,7 @@ from tests.triton_interpreter import patch_once_per_launch
 
 WORLD = 4
 PAIRS = ((0, 1), (2, 3))
-NUM_ROWS, WIDTH, VOCAB = 31, 5, 24
+NUM_ROWS, WIDTH, VOCAB = 17, 5, 24
 # Columns of each rank: as many for all, or as they come, none among them.
 EVEN = {2: (12, 12), WORLD: (6, 6, 6, 6)}
 UNEVEN = {2: (5, 19), WORLD: (9, 0, 13, 2)}
