@@ -6,6 +6,7 @@ A result is {"benchmark", "machine", "settings", "cases": [{"name", "rows": {nam
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,13 @@ Column = tuple[str, Callable[[Row], str]]
 STATUSES = ("measured", "missing", "failed", "refused")
 _REASON_CHARS = 300
 _FILE_WIDTH = 120
+
+
+def positive(text: str) -> int:
+    """An argument of a command line that must be a whole number from 1. Raises ArgumentTypeError for any other."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
 
 
 def measured(times: Sequence[float], **more: Any) -> Row:

@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print the tables, write and return the result."""
     args = _parser().parse_args(arguments)
     load = Load(trajectories=args.trajectories, steps=args.steps, mean_tokens=args.mean_tokens, seed=args.seed)
-    if min(load.trajectories // load.steps, load.steps) < 1:
-        raise SystemExit(f"--trajectories {args.trajectories} --steps {args.steps}: give at least one per step")
+    if load.trajectories < load.steps * load.group:
+        raise SystemExit(f"--trajectories {args.trajectories} --steps {args.steps}: give {load.group} for each step")
     machine = describe_machine()
     rows = {name: measured_apart(name, load, args.draw, args.repeats) for name in chosen(args.only)}
     result = {
@@ -69,11 +69,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--suite", choices=("cpu",), default="cpu", help="the storage lives in CPU memory everywhere")
-    parser.add_argument("--trajectories", type=int, default=Load.trajectories)
-    parser.add_argument("--steps", type=int, default=Load.steps, help="training steps that fill the storage")
+    parser.add_argument("--trajectories", type=cases.positive, default=Load.trajectories)
+    parser.add_argument("--steps", type=cases.positive, default=Load.steps, help="training steps that fill the storage")
     parser.add_argument("--mean-tokens", type=float, default=Load.mean_tokens)
-    parser.add_argument("--draw", type=int, default=16_384, help="trajectories of a draw")
-    parser.add_argument("--repeats", type=int, default=3, help="of draw, save and load")
+    parser.add_argument("--draw", type=cases.positive, default=16_384, help="trajectories of a draw")
+    parser.add_argument("--repeats", type=cases.positive, default=3, help="of draw, save and load")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="names of storages, without spaces (list-of-dicts)")
     parser.add_argument("--out", type=Path, help="file for the results")

@@ -8,7 +8,6 @@ python bench/rollout.py --suite tiny --only scripted hf transformers        # do
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import sys
@@ -32,6 +31,7 @@ from bench.rollout_collector import collector_row
 from bench.rollout_contenders import Contender, Message, contenders
 from bench.rollout_gate import complaint, gap, too_far
 from bench.rollout_load import SUITES, Conversation, Suite, Workload, conversations, longest
+from spear_fast.rollout.vllm_compat import release_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", choices=SUITES, default="cpu")
     parser.add_argument("--device", help="default: cuda with the suite of that name, else cpu")
     parser.add_argument("--size", choices=SIZES, help="another model than the suite's")
-    parser.add_argument("--repeats", type=int, help="timed runs of each workload, each with other tokens")
+    parser.add_argument("--repeats", type=cases.positive, help="timed runs of each workload, each with other tokens")
     parser.add_argument("--only", nargs="*", choices=NAMES, help="contenders")
     parser.add_argument("--out", type=Path, help="file for the results")
     return parser
@@ -107,6 +107,7 @@ def run_suite(
         device=device,
         max_model_tokens=longest(suite.workloads, shape["vocab_size"]) + 1,
         max_concurrent=suite.in_flight,
+        kv_cache_bytes=suite.kv_cache_gib << 30,
     )
     found: list[dict[str, Any]] = [{"name": one.name, "rows": {}} for one in suite.workloads]
     start_s: dict[str, float] = {}
@@ -114,6 +115,7 @@ def run_suite(
     for name, start in contenders(folder, model, settings).items():
         if name in names:
             rows = contender_rows(name, start, suite, model, start_s)
+            release_memory()  # the next one may be in a process of its own
             for case in found:
                 case["rows"][name] = rows[case["name"]]
     return found, start_s
@@ -137,7 +139,6 @@ def contender_rows(
             rows[workload.name] = cases.unmeasured(error)
     with suppress(Exception):  # its rows are there already
         contender.close()
-    gc.collect()
     return rows
 
 

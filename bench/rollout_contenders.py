@@ -176,11 +176,15 @@ class VllmGenerate(_TurnByTurn):
         from vllm import LLM
 
         model.save_pretrained(folder)
-        wanted: dict[str, Any] = {"gpu_memory_utilization": 0.8, "dtype": str(settings.dtype).removeprefix("torch.")}
+        wanted: dict[str, Any] = {
+            "dtype": str(settings.dtype).removeprefix("torch."),
+            "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        }
         if settings.device.type == "cpu":
-            # Without a size vLLM would take a share of all memory; its graphs need a compiler and a minute.
-            del wanted["gpu_memory_utilization"]
-            wanted |= {"kv_cache_memory_bytes": settings.kv_cache_bytes or 1 << 30, "enforce_eager": True}
+            wanted["enforce_eager"] = True  # its graphs would need a compiler and a minute
+        else:
+            # The cache has its size in bytes; a share of the device would be checked against what is free.
+            wanted["gpu_memory_utilization"] = 0.01
         self._llm: Any = LLM(
             model=str(folder),
             skip_tokenizer_init=True,

