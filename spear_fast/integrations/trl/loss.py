@@ -109,27 +109,34 @@ def micro_batch_loss(
     and `extra` empty, `linear_policy_loss` does everything in one sweep; else log-probs come first.
     """
     selected = None if plan.selected is None else plan.selected[index]
+    if batch.old_logp is None or (extra is not None and extra.any):
+        return _from_logp(model, batch, plan, selected, extra or ExtraTerms())
     num_tokens, num_seqs = plan.counts.unbind()
-    if batch.old_logp is not None and (extra is None or not extra.any):
-        inputs = PolicyInputs(
-            batch.labels,
-            batch.old_logp,
-            batch.advantages,
-            plan.cfg,
-            temperature=plan.temperature,
-            seq_ids=batch.uid,
-            positions=batch.positions,
-            ref_logp=batch.ref_logp,
-            row_weight=batch.row_weight,
-            selected=selected,
-            num_tokens=num_tokens,
-            num_seqs=num_seqs,
-            seed=plan.seed,
-        )
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, policy_inputs=inputs)
-        return output.loss, output.metrics, output.logp
-    extra = extra or ExtraTerms()
+    inputs = PolicyInputs(
+        batch.labels,
+        batch.old_logp,
+        batch.advantages,
+        plan.cfg,
+        temperature=plan.temperature,
+        seq_ids=batch.uid,
+        positions=batch.positions,
+        ref_logp=batch.ref_logp,
+        row_weight=batch.row_weight,
+        selected=selected,
+        num_tokens=num_tokens,
+        num_seqs=num_seqs,
+        seed=plan.seed,
+    )
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, policy_inputs=inputs)
+    return output.loss, output.metrics, output.logp
+
+
+def _from_logp(
+    model: Any, batch: TokenBatch, plan: StepPlan, selected: torch.Tensor | None, extra: ExtraTerms
+) -> tuple[torch.Tensor, Metrics, torch.Tensor]:
+    """`micro_batch_loss` by way of differentiable log-probs and entropies."""
     output = _score(model, batch, plan.temperature, with_router=extra.aux_coef != 0.0)
+    num_tokens, num_seqs = plan.counts.unbind()
     old_logp = output.logp.detach() if batch.old_logp is None else batch.old_logp
     given = {"ref_logp": batch.ref_logp, "row_weight": batch.row_weight, "selected": selected}
     optional: dict[str, Any] = {name: batch.tokens(value) for name, value in given.items() if value is not None}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from spear_fast.errors import ConfigError
@@ -291,7 +292,7 @@ class SPEARTrainer(LogProbMixin, GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+            folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             save_state(folder, self._finished_rounds, None if self._imitation is None else self._imitation.memory)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
