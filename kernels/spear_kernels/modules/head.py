@@ -154,7 +154,6 @@ class PolicyForward:
         # Generation and trainers ask for the signature of forward.
         self.__wrapped__ = self.plain
 
-    @torch.compiler.disable(recursive=False)
     def __call__(
         self,
         *args: Any,
@@ -168,11 +167,15 @@ class PolicyForward:
         if logp_labels is not None and policy_inputs is not None:
             raise ValueError("both logp_labels and policy_inputs are given; the latter hold labels already")
         inputs = PolicyInputs(cast(torch.Tensor, logp_labels)) if policy_inputs is None else policy_inputs
+        return self._scored(inputs, args, kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def _scored(self, inputs: PolicyInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PolicyOutput:
+        """What the head says of the labels. Of a compiled model the backbone is compiled, and not this."""
         if kwargs.get("labels") is not None:
             raise ValueError("labels asks the model for a cross-entropy of logits, which are not made; leave it out")
         if self.takes_use_cache:
             kwargs.setdefault("use_cache", False)
-        self._slot()
         rows = LabelledRows.of(inputs.labels)  # Before anything is launched that looking at labels could wait for.
         hidden, output = self._backbone(args, kwargs, rows)
         aux_loss = getattr(output, "aux_loss", None)
