@@ -133,6 +133,25 @@ def test_the_covariance_choice_does_not_depend_on_micro_batches(loss: str, tmp_p
     assert (found[2, "microbatch"] - reference).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "clip_cov"])
+def test_a_micro_batch_without_action_tokens_touches_every_weight(loss: str, tmp_path: Path) -> None:
+    empty = named(batch(seed=1), 4)
+    empty["completion_mask"] = torch.zeros_like(empty["completion_mask"])
+    parts = [named(batch(seed=0), 0), empty]
+    for part in parts:
+        del part["old_per_token_logps"]
+    trainer = spear(tmp_path, tools=False, policy_loss=loss, **NO_TOOLS)
+    trainer._buffered_inputs = parts
+    trainer._step = 0
+    trainer._compute_loss(trainer.model, parts[0])
+    trainer._step = 1
+    value = trainer._compute_loss(trainer.model, parts[1])
+    value.backward()
+    assert value.item() == 0.0
+    # DistributedDataParallel waits for a gradient of each.
+    assert all(p.grad is not None and not p.grad.any() for p in trainer.model.parameters())
+
+
 def past_rounds(count: int) -> tuple[list[Group], list[Row]]:
     """Groups of round 0 with rewards 3 and 1, and a row for each trajectory; token 0 of a row is its prompt."""
     generator = np.random.default_rng(1)
