@@ -32,6 +32,7 @@ from bench.update_job import Job, Trainer
 from bench.update_ours import OurTrainer
 from bench.update_trl import TrlTrainer
 from bench.update_turns import REFERENCE, Build, Turns, compare, fitting, measure
+from spear_fast.errors import SpearError
 from spear_fast.update.model import silence_progress_bars
 
 PACKAGES = ("trl", "accelerate", "datasets", "liger-kernel", "flash-attn")
@@ -93,8 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
     }
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.model or step_model.build(args.size, Path(temporary), seed=args.seed, device=args.device)
-        small, batches = _batches(args, folder)
+        try:
+            folder = args.model or step_model.build(args.size, Path(temporary), seed=args.seed, device=args.device)
+            small, batches = _batches(args, folder)
+        except SpearError as error:
+            raise SystemExit(str(error)) from error
         for frozen, losses, is_timed in _plan(args, small, batches):
             for loss in losses:
                 job = Job(folder, frozen, LOSSES[loss], args.device, args.dtype)
@@ -130,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 def _batches(args: argparse.Namespace, folder: Path) -> tuple[Frozen, list[Frozen]]:
     """A small batch, on which all losses are compared, and those that are timed."""
     if args.frozen and not args.model:
-        raise SystemExit("--frozen needs --model, the folder of the model whose tokens the files hold")
+        raise FrozenError("--frozen needs --model, the folder of the model whose tokens the files hold")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     score = scorer(folder, args.device)
     small = freeze(GATE, score, config["vocab_size"], args.seed)

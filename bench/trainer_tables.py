@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -10,11 +11,13 @@ from rich.table import Table
 COLUMNS = ("trainer", "s / step", "spread", "x TRL", "action tokens / s", "gradients", "optimizer", "scoring", "apart")
 """Seconds of forward and backward passes with clipping, of the optimizer, and of a pass for log-probs (not in a step);
 last the relative distance of all gradients from TRL's."""
+WIDTH = 120
+"""Characters of a line where there is no terminal to ask."""
 
 
 def print_case(case: dict[str, Any], console: Console | None = None) -> None:
     """Print one case: a table of what was measured, and a line for each row without times."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
     rows = case["rows"]
     measured = [name for name in rows if rows[name]["status"] == "measured"]
     if measured:
@@ -49,7 +52,7 @@ def cells(name: str, entry: dict[str, Any]) -> list[str]:
         f"{entry['speedup']:.2f}" if "speedup" in entry else "-",
         f"{entry['action_tokens_per_s']:.0f}",
         f"{phases['gradients']:.3g}",
-        f"{phases['optimizer']:.3g}",
+        f"{phases['optimizer']:.2g}",
         f"{entry['scoring_s']:.3g}",
         f"{entry['gate']['gradient']:.1e}" if "gate" in entry else "-",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -34,10 +35,18 @@ class TrlTrainer:
             raise ValueError(f"batch_size={batch_size} must divide the {sequences} sequences")
         self._job, self._mixin = job, mixin
         self._model = load_model(str(job.folder), torch.float32)
+        # What this project's trainer takes there too.
+        if job.device == "cuda" and job.dtype == "bfloat16" and find_spec("flash_attn"):
+            self._model.set_attn_implementation("flash_attention_2")
         self._accumulation = sequences // batch_size
         self._output = tempfile.TemporaryDirectory()
         self._fields = self._configuration(batch_size) | (more or {})
-        self.settings: dict[str, Any] = {"batch_size": batch_size, "accumulation": self._accumulation, **(more or {})}
+        self.settings: dict[str, Any] = {
+            "batch_size": batch_size,
+            "accumulation": self._accumulation,
+            "attention": self._model.config._attn_implementation,
+            **(more or {}),
+        }
         self._trainer: Any = None
 
     def steps(self, count: int) -> list[Phases]:

@@ -300,7 +300,7 @@ def edited(array: np.ndarray, place: int, value: float) -> np.ndarray:
         ("action_mask", lambda array: np.zeros_like(array)),
         ("action_mask", lambda array: array[:-1]),
         ("sampler_logp", lambda array: edited(array, 3, np.nan)),
-        ("sampler_logp", lambda array: np.abs(array)),
+        ("sampler_logp", lambda array: edited(array, -1, 0.5)),
         ("advantages", lambda array: edited(array, 1, np.inf)),
         ("rewards", lambda array: array[:, None]),
         ("lengths", lambda array: array[:0]),
