@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -50,6 +51,8 @@ def run_ours(opening: Opening, turn: Turn, folder: Path) -> None:
 def configure(opening: Opening, script: Script, folder: Path) -> RunConfig:
     """A run's configuration with this workload; what it does not name is the default of the production path."""
     workload, longest = script.workload, script.longest()
+    # vLLM's log-probs are those of other tokens; see `Forcing.generate_as_long`.
+    gap = {"max_logp_gap": 1e3} if opening.engine == "vllm" else {}
     base = {
         "name": "step",
         "out": str(folder),
@@ -70,7 +73,7 @@ def configure(opening: Opening, script: Script, folder: Path) -> RunConfig:
             "max_concurrent": workload.trajectories,
         },
         "algo": {"preset": "grpo", "loss": {"clip_low": CLIP, "clip_high": CLIP, "aggregation": "token-mean"}},
-        "update": {"lr": LEARNING_RATE, "token_budget": max(8192, longest)},
+        "update": {"lr": LEARNING_RATE, "token_budget": max(8192, longest), **gap},
         "checkpoint": {"every": 0},
         "log": {"progress": "off", "tensorboard": False, "sample_every": 0},
     }
@@ -78,22 +81,18 @@ def configure(opening: Opening, script: Script, folder: Path) -> RunConfig:
 
 
 class Forcing:
-    """Puts the drawn token in place of the one that the hf engine has sampled.
-
-    The sampler does its whole work first. The log-prob of the drawn token follows from that of the sampled one and the
-    difference of their logits, which costs two look-ups a row.
-    """
+    """Puts the drawn tokens in place of those that the engine has sampled."""
 
     def __init__(self, trainer: Trainer, script: Script) -> None:
-        engine = trainer.engine
-        if not isinstance(engine, hf_engine.HFEngine):
-            raise NotImplementedError(f"tokens can be forced in the hf engine only, not in {type(engine).__name__}")
         chat = trainer.policy.chat
         self._prompts = {tuple(chat.prompt(messages)): index for index, messages in enumerate(script.prompts)}
         self._turns, self._samples = script.turns, script.workload.samples
-        self._engine, self._generate = engine, engine.generate
-        engine.generate = self.generate  # type: ignore[method-assign]
-        hf_engine.sample = self.sample
+        self._engine, self._generate = trainer.engine, trainer.engine.generate
+        if isinstance(trainer.engine, hf_engine.HFEngine):
+            hf_engine.sample = self.sample
+            trainer.engine.generate = self.generate  # type: ignore[method-assign]
+        else:
+            trainer.engine.generate = self.generate_as_long  # type: ignore[method-assign]
         self.restart()
 
     def restart(self) -> None:
@@ -103,30 +102,49 @@ class Forcing:
         self._spoken: Counter[int] = Counter()
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """Note which trajectory the request belongs to, then hand it on."""
+        """Note which trajectory the request belongs to, then hand it on to the hf engine."""
         started = time.perf_counter()
-        if request.uid not in self._messages:
-            group = self._turns[self._prompts[tuple(request.prompt)]]
-            self._messages[request.uid] = group[request.uid % self._samples]
-        else:
-            self._spoken[request.uid] += 1
+        self._note(request)
         self.seconds += time.perf_counter() - started
         return await self._generate(request)
 
     def sample(
         self, logits: torch.Tensor, temperatures: torch.Tensor, draws: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample, then return the drawn tokens and their log-probs under the same logits."""
+        """Sample as the hf engine does, then return the drawn tokens and their log-probs under the same logits.
+
+        The log-prob follows from that of the sampled token and the difference of both logits: two look-ups a row.
+        """
         tokens, logps = SAMPLE(logits, temperatures, draws)
         started = time.perf_counter()
         # The engine samples for the last of its running requests, those that have just been computed.
-        batch = self._engine._running[-len(tokens) :]
-        wanted = [self._messages[one.request.uid][self._spoken[one.request.uid]][len(one.sampled)] for one in batch]
+        batch = cast(hf_engine.HFEngine, self._engine)._running[-len(tokens) :]
+        wanted = [self._message(one.request.uid)[len(one.sampled)] for one in batch]
         forced = torch.tensor(wanted, device=tokens.device)
         both = logits.gather(1, torch.stack([forced, tokens], 1)).float()
         logps = logps + both[:, 0] - both[:, 1]
         self.seconds += time.perf_counter() - started
         return forced, logps
+
+    async def generate_as_long(self, request: GenerationRequest) -> Completion:
+        """Let vLLM sample as many tokens as the drawn message has, and return those of the message.
+
+        Their log-probs are those of what was sampled, and the next prompt is not what vLLM has cached: as in TRL's row.
+        """
+        self._note(request)
+        message = self._message(request.uid)
+        completion = await self._generate(replace(request, max_tokens=len(message), stop_ids=()))
+        return replace(completion, tokens=list(message), finish="stop")
+
+    def _note(self, request: GenerationRequest) -> None:
+        if request.uid not in self._messages:
+            group = self._turns[self._prompts[tuple(request.prompt)]]
+            self._messages[request.uid] = group[request.uid % self._samples]
+        else:
+            self._spoken[request.uid] += 1
+
+    def _message(self, uid: int) -> list[int]:
+        return self._messages[uid][self._spoken[uid]]
 
 
 class _Rows:
@@ -165,10 +183,13 @@ class _Rows:
 
 def _time_phases(trainer: Trainer, clock: PhaseClock) -> None:
     engine = trainer.engine
-    assert isinstance(engine, hf_engine.HFEngine)
-    clock.wrap(engine, "_admit", "generation")
-    clock.wrap(engine, "_decode", "generation")
-    clock.wrap(trainer.collector, "collect_step", "tools")
+    if isinstance(engine, hf_engine.HFEngine):
+        clock.wrap(engine, "_admit", "generation")
+        clock.wrap(engine, "_decode", "generation")
+        clock.wrap(trainer.collector, "collect_step", "tools")
+    else:
+        # It samples beside the trainer, so that there is no time which is the tools' alone.
+        clock.wrap(trainer.collector, "collect_step", "generation")
     clock.wrap(trainer.updater, "score", "scoring")
     clock.wrap(trainer, "_update", "update")
     clock.wrap(trainer, "_push", "sync")

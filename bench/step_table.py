@@ -24,12 +24,16 @@ def table(case: dict[str, Any]) -> str:
     grid = Table(title=f"{case['workload']}: {case['script']['action_tokens']} action tokens a step")
     for place, column in enumerate(HEADER):
         grid.add_column(column, justify="right" if place else "left")
-    for cells in _lines(case):
-        grid.add_row(*cells)
+    notes = []
+    for name, row in case["rows"].items():
+        if row["status"] == "measured":
+            grid.add_row(*_cells(case, name))
+        else:
+            notes.append(f"{WHAT_THEY_ARE[name]}: {_why(row)}\n")
     console = Console(width=160)
     with console.capture() as captured:
         console.print(grid)
-    return captured.get()
+    return captured.get() + "".join(notes)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -43,13 +47,6 @@ def markdown(result: dict[str, Any]) -> str:
             else:
                 notes.append(f"- {case['workload']}, {WHAT_THEY_ARE[name]}: {_why(row)}")
     return "\n".join(lines + ([""] if notes else []) + notes)
-
-
-def _lines(case: dict[str, Any]) -> list[list[str]]:
-    return [
-        _cells(case, name) if row["status"] == "measured" else [WHAT_THEY_ARE[name], _why(row)]
-        for name, row in case["rows"].items()
-    ]
 
 
 def _cells(case: dict[str, Any], name: str) -> list[str]:

@@ -80,6 +80,9 @@ def make_config(opening: Opening, script: Script, folder: Path) -> GRPOConfig:
         use_liger_kernel=opening.liger,
         use_vllm=opening.engine == "vllm",
         vllm_mode="colocate",
+        vllm_max_model_length=script.longest(),
+        # It would cost a pass over all tokens before the update, which this trainer does not make either.
+        vllm_importance_sampling_correction=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -133,16 +136,17 @@ class Forcing(LogitsProcessor):
 
 
 class ForcedGeneration:
-    """Gives every `model.generate` of a step the messages that are due.
+    """Gives every call of a step to the sampler the messages that are due.
 
     The k-th call of a step holds, in the order of places, the trajectories with more than k messages.
     """
 
     def __init__(self, trainer: GRPOTrainer, script: Script) -> None:
-        self._model: Any = trainer.model
-        self._generate = self._model.generate
         self._turns = [turns for group in script.turns for turns in group]
-        self._model.generate = self.generate
+        # With vLLM it is its own sampler that runs, not the model's.
+        self._sampler: Any = trainer.vllm_generation.llm if trainer.use_vllm else trainer.model
+        self._generate = self._sampler.generate
+        self._sampler.generate = self.generate_as_long if trainer.use_vllm else self.generate
         self.restart()
 
     @property
@@ -152,17 +156,33 @@ class ForcedGeneration:
 
     def restart(self) -> None:
         """Begin a step."""
+        self._calls = 0
         self._processors: list[Forcing] = []
 
     def generate(self, input_ids: torch.Tensor, **named: Any) -> torch.Tensor:
-        """Sample with the messages of this call forced."""
-        turn = len(self._processors)
-        messages = [turns[turn] for turns in self._turns if len(turns) > turn]
-        if len(messages) != len(input_ids):
-            raise RuntimeError(f"call {turn} of a step has {len(input_ids)} rows; the script has {len(messages)}")
-        processor = Forcing(messages, input_ids.shape[1], input_ids.device)
+        """Sample with transformers, the messages of this call forced."""
+        processor = Forcing(self._due(len(input_ids)), input_ids.shape[1], input_ids.device)
         self._processors.append(processor)
         return self._generate(input_ids, **named, logits_processor=LogitsProcessorList([processor]))
+
+    def generate_as_long(self, prompts: list[Any], sampling_params: Any, **named: Any) -> list[Any]:
+        """Let vLLM sample as many tokens as each message has, and return those of the message; see `step_ours`."""
+        messages = self._due(len(prompts))
+        params = [sampling_params.clone() for _ in messages]
+        for each, message in zip(params, messages, strict=True):
+            each.max_tokens = each.min_tokens = len(message)
+            each.ignore_eos = True
+        outputs = self._generate(prompts, sampling_params=params, **named)
+        for output, message in zip(outputs, messages, strict=True):
+            output.outputs[0].token_ids = list(message)
+        return outputs
+
+    def _due(self, rows: int) -> list[list[int]]:
+        turn, self._calls = self._calls, self._calls + 1
+        messages = [turns[turn] for turns in self._turns if len(turns) > turn]
+        if len(messages) != rows:
+            raise RuntimeError(f"call {turn} of a step has {rows} rows; the script has {len(messages)}")
+        return messages
 
 
 class _Rows:
@@ -247,6 +267,8 @@ def _time_phases(trainer: GRPOTrainer, clock: PhaseClock) -> None:
     clock.wrap(trainer, "_tool_call_loop", "tools")
     clock.wrap(trainer, "_generate_and_score_completions", "rest")
     clock.wrap(trainer, "training_step", "update")
+    if trainer.use_vllm:
+        clock.wrap(trainer.vllm_generation, "sync_weights", "sync")
     clock.wrap(trainer.accelerator, "clip_grad_norm_", "update")
     # The same pass makes old log-probs, without gradients, and those of the loss.
     clock.wrap(

@@ -1,0 +1,218 @@
+"""bench/step.py: both trainers learn the same tokens, what differs is refused, and what fails is a row of the table."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from bench import step, step_worker
+from bench.step_contender import Opening, StepReport, Turn, run, script_of
+from bench.step_model import build, first_word, make_tokenizer
+from bench.step_phases import PHASES, PhaseClock
+from bench.step_table import markdown, table
+from bench.step_trl import CERTAIN, Forcing
+from bench.step_workloads import TrainedRow, digest, reward_of
+from spear_fast.data.chat import Chat
+
+WORKLOAD = "tools"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build("tiny", tmp_path_factory.mktemp("model")))
+
+
+def take_steps(opening: Opening, count: int, folder: Path) -> list[StepReport]:
+    """The reports of `count` steps taken in this process."""
+    reports: list[StepReport | None] = []
+
+    def turn(report: StepReport | None) -> bool:
+        reports.append(report)
+        return len(reports) <= count
+
+    run(opening, turn, folder)
+    return [report for report in reports if report is not None]
+
+
+@pytest.fixture(scope="module")
+def reports(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[StepReport]]:
+    """Two steps of each trainer: the second must repeat the first's tokens under other weights."""
+    pytest.importorskip("trl")
+    blank = Opening("ours", "tiny", WORKLOAD, model, "cpu")
+    return {
+        "ours": take_steps(blank, 2, tmp_path_factory.mktemp("ours")),
+        "trl": take_steps(replace(blank, trainer="trl", micro_batch=2), 1, tmp_path_factory.mktemp("trl")),
+    }
+
+
+def test_both_trainers_learn_the_scripts_tokens(reports: dict[str, list[StepReport]], model: str) -> None:
+    script = script_of(Opening("ours", "tiny", WORKLOAD, model, "cpu"))
+    ours, trl = reports["ours"], reports["trl"]
+    assert script.latencies, "the workload should call tools"
+    for report in [*ours, *trl]:
+        assert step.complaint(report, ours[0], script.action_tokens) is None
+        assert report.tokens == script.action_tokens
+        assert sum(report.phases.values()) == pytest.approx(report.seconds)
+        assert set(report.phases) == set(PHASES)
+        assert report.phases["generation"] > 0
+        assert report.phases["update"] > 0
+
+
+def test_unequal_work_is_refused(reports: dict[str, list[StepReport]]) -> None:
+    good = reports["ours"][0]
+    other = [-advantage for advantage in good.advantages]
+    assert "action tokens" in str(step.complaint(replace(good, tokens=good.tokens - 1), good, good.tokens))
+    assert "masks" in str(step.complaint(replace(good, digest="0"), good, good.tokens))
+    assert "differ" in str(step.complaint(replace(good, advantages=other), good, good.tokens))
+    zero = replace(good, advantages=[0.0] * len(other))
+    assert "0" in str(step.complaint(zero, zero, good.tokens))
+
+
+def test_digest_depends_on_each_token_and_mask() -> None:
+    row = TrainedRow(0, 1, (5, 6, 7), (False, True, True), 0.5)
+    first = TrainedRow(0, 0, (5,), (True,), 0.5)
+    assert digest([row, first]) == digest([first, row])
+    changed = [replace(row, tokens=(5, 6, 8)), replace(row, mask=(True, True, True)), replace(row, sample=2)]
+    assert len({digest([first, each]) for each in (row, *changed)}) == 4
+
+
+class FakeWorker:
+    """A process that fails to make TRL with Liger, dies in the second step of plain TRL, and serves the rest."""
+
+    report: StepReport
+    ended: list[str]
+
+    def __init__(self, folder: Path, patience_s: float) -> None:
+        self.row, self.steps = "", 0
+
+    def open(self, opening: Opening) -> None:
+        self.row = opening.trainer + ("-liger" if opening.liger else "")
+        if opening.liger:
+            raise step.WorkerError("RuntimeError: needs a GPU")
+
+    def step(self) -> StepReport:
+        self.steps += 1
+        if self.row == "trl" and self.steps == 2 and self.broken:
+            raise step.WorkerLostError("killed")
+        return self.report
+
+    broken = False
+
+    def close(self) -> None:
+        assert self.steps
+
+    def end(self) -> None:
+        self.ended.append(self.row)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, model: str) -> Iterator[type[FakeWorker]]:
+    script = script_of(Opening("ours", "tiny", WORKLOAD, model, "cpu"))
+    phases = dict.fromkeys(PHASES, 0.5)
+    FakeWorker.report = StepReport(3.0, phases, 0.01, script.action_tokens, "d", [1.0, -1.0])
+    FakeWorker.ended, FakeWorker.broken = [], False
+    monkeypatch.setattr(step, "Worker", FakeWorker)
+    yield FakeWorker
+
+
+def measured(fake: type[FakeWorker], tmp_path: Path) -> tuple[int, dict[str, Any]]:
+    out = tmp_path / "step.json"
+    what = ["--size", "tiny", "--workload", WORKLOAD, "--only", "ours", "trl", "trl-liger"]
+    code = step.main([*what, "--steps", "2", "--micro-batch", "0", "--out", str(out)])
+    return code, json.loads(out.read_text())
+
+
+def test_a_failing_peer_is_a_row(fake: type[FakeWorker], tmp_path: Path) -> None:
+    code, result = measured(fake, tmp_path)
+    rows = result["cases"][0]["rows"]
+    assert code == 0
+    assert {"benchmark", "machine", "settings", "cases"} == set(result)
+    assert rows["trl-liger"] == {"status": "failed", "why": "RuntimeError: needs a GPU"}
+    assert rows["ours"]["times_s"] == [3.0, 3.0]
+    assert rows["ours"]["useful_tokens_per_s"] == pytest.approx(fake.report.tokens / 3.0)
+    assert rows["trl"]["micro_batches_tried"] == {"4": {"seconds": 3.0}}
+    assert result["cases"][0]["ratio"] == pytest.approx(1.0)
+    text = markdown(result)
+    assert "| tools | TRL, transformers |" in text
+    assert "Liger: failed: RuntimeError: needs a GPU" in text
+    assert "needs a GPU" in table(result["cases"][0])
+
+
+def test_a_lost_process_is_a_row_and_the_exit_says_so(fake: type[FakeWorker], tmp_path: Path) -> None:
+    fake.broken = True
+    code, result = measured(fake, tmp_path)
+    assert code == 1
+    assert result["cases"][0]["rows"]["trl"]["why"] == "killed"
+    assert "ratio" not in result["cases"][0]
+    assert "trl" in fake.ended
+
+
+def test_worker_serves_one_trainer_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = StepReport(1.0, {}, 0.0, 3, "d", [1.0])
+
+    def fake_run(opening: Opening, turn: Turn, folder: Path) -> None:
+        if opening.liger:
+            raise RuntimeError("no")
+        go_on = turn(None)
+        while go_on:
+            go_on = turn(report)
+
+    monkeypatch.setattr(step_worker, "run", fake_run)
+    opening = asdict(Opening("ours", "tiny", WORKLOAD, "m", "cpu"))
+    commands = [{"open": opening | {"liger": True}}, {"open": opening}, {"step": True}, {"step": True}, {"close": True}]
+    answers = io.StringIO()
+    step_worker.serve(io.StringIO("".join(json.dumps(command) + "\n" for command in commands)), answers)
+    got = [json.loads(line) for line in answers.getvalue().splitlines()]
+    assert got == [{"error": "RuntimeError: no"}, {}, asdict(report), asdict(report), {}]
+
+
+def test_inner_phases_stop_the_outer_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("bench.step_phases.time.perf_counter", lambda: now[0])
+
+    def pass_time(seconds: float) -> None:
+        now[0] += seconds
+
+    clock = PhaseClock(torch.device("cpu"))
+    with clock.phase("tools"):
+        pass_time(1.0)
+        with clock.phase("generation"):
+            pass_time(4.0)
+        pass_time(2.0)
+    pass_time(8.0)
+    assert clock.stop() == 15.0
+    assert clock.seconds == dict.fromkeys(PHASES, 0.0) | {"tools": 3.0, "generation": 4.0, "rest": 8.0}
+
+
+def test_forced_token_is_certain_at_its_place() -> None:
+    processor = Forcing([[3, 1], [2]], prompt_length=2, device=torch.device("cpu"))
+    scores = processor(torch.zeros(2, 2, dtype=torch.long), torch.randn(2, 5) * 10)
+    assert scores.argmax(1).tolist() == [3, 2]
+    assert scores.softmax(1)[0, 3].item() == 1.0
+    assert scores.max().item() == CERTAIN
+    later = processor(torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 5))
+    assert later.argmax(1).tolist() == [1, 2]
+
+
+def test_every_id_of_the_tokenizer_is_a_token_and_words_decode_alone(model: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert len(tokenizer) == 1024
+    words = [tokenizer.decode([index]) for index in range(first_word(), 1024)]
+    assert len(set(words)) == len(words)
+    assert all(word.isalpha() and word.islower() for word in words)
+    assert Chat(tokenizer).end_of_turn == tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="vocab_size=100"):
+        make_tokenizer(100)
+
+
+def test_rewards_do_not_depend_on_how_a_message_is_stripped() -> None:
+    assert reward_of(" abc\n") == reward_of("abc")
+    assert reward_of("abc") != reward_of("abd")
