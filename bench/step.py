@@ -19,6 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from bench.machine import describe_machine
 from bench.step_contender import CLIP, LEARNING_RATE, Opening, StepReport, script_of
 from bench.step_model import SIZES, build
@@ -36,8 +38,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "trl-vllm": {"trainer": "trl", "engine": "vllm"},
 }
 """What is measured, as fields of `Opening`. "trl" generates with transformers."""
-SHARES = (1, 4, 8)
-"""Micro-batches of TRL that are tried: all trajectories of a step, and these parts of them."""
+STEPS = {"cpu": 3, "cuda": 5}
+SHARES = {"cpu": (1, 4), "cuda": (4, 8, 16, 32)}
+"""Micro-batches of TRL that are tried by default: a step's trajectories divided by these."""
 ADVANTAGE_TOLERANCE = 0.02
 """TRL divides by the standard deviation + 1e-4, this trainer by it + 1e-6."""
 
@@ -70,6 +73,7 @@ class Pool:
 def main(arguments: list[str] | None = None) -> int:
     """Measure every workload, write the results after each and print a table; 1 if ours or TRL's own row is missing."""
     args = _parser().parse_args(arguments)
+    args.steps = args.steps or STEPS[args.device]
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     result: dict[str, Any] = {
@@ -81,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             "steps": args.steps,
             "warm_up": args.warm_up,
             "order": "apart" if args.apart else "in turns, a process each, every second round in reverse",
-            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "threads": args.threads or torch.get_num_threads(),
             "loss": f"PPO, clip {CLIP}, mean over action tokens; one optimizer step; lr {LEARNING_RATE}",
         },
         "cases": [],
@@ -113,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workload", choices=WORKLOADS["cpu"], nargs="+", default=list(WORKLOADS["cpu"]))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", choices=ROWS, nargs="+", default=list(ROWS), help="rows of the table")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each row")
+    parser.add_argument("--steps", type=int, help="timed steps of each row; default 3 on the CPU, 5 on CUDA")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before them, which are not kept")
     parser.add_argument("--micro-batch", type=int, nargs="*", help="of TRL, to be tried; 0 is a whole step")
     parser.add_argument("--apart", action="store_true", help="one row after the other, where memory holds only one")
@@ -150,7 +154,7 @@ def run_case(workload: str, model: str, args: argparse.Namespace, pool: Pool) ->
 def _micro_batches(args: argparse.Namespace, trajectories: int) -> list[int]:
     if args.micro_batch:
         return [size or trajectories for size in args.micro_batch]
-    return sorted({max(1, trajectories // share) for share in SHARES}, reverse=True)
+    return sorted({max(1, trajectories // share) for share in SHARES[args.device]}, reverse=True)
 
 
 def try_micro_batches(opening: Opening, sizes: Iterable[int], pool: Pool) -> dict[int, dict[str, Any]]:

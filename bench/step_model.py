@@ -84,7 +84,7 @@ def _small(vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv_heads:
 
 
 SIZES = {
-    "tiny": ModelSize(_small(1024, 32, 64, 2, 2, 1, 1024), torch.float32),
+    "tiny": ModelSize(_small(1024, 64, 96, 2, 2, 1, 1024), torch.float32),
     "cpu": ModelSize(_small(16384, 256, 768, 4, 4, 2, 4096), torch.float32),
     "qwen2.5-1.5b": ModelSize("qwen2.5-1.5b", torch.bfloat16),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -64,7 +65,7 @@ def make_config(opening: Opening, script: Script, folder: Path) -> GRPOConfig:
         output_dir=str(folder),
         use_cpu=not on_cuda,
         bf16=on_cuda,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs=_loading(on_cuda),
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=workload.trajectories // micro_batch,
         num_generations=workload.samples,
@@ -88,6 +89,14 @@ def make_config(opening: Opening, script: Script, folder: Path) -> GRPOConfig:
         disable_tqdm=True,
         seed=workload.seed,
     )
+
+
+def _loading(on_cuda: bool) -> dict[str, str]:
+    """How the model is loaded. From float32 weights TRL would sample in float32, so on CUDA it gets no such masters."""
+    if not on_cuda:
+        return {"dtype": "float32"}
+    flash = {"attn_implementation": "flash_attention_2"} if find_spec("flash_attn") else {}
+    return {"dtype": "bfloat16", **flash}
 
 
 class Game:
@@ -256,6 +265,7 @@ def _facts(trainer: GRPOTrainer) -> dict[str, Any]:
     return {
         "micro_batch": args.per_device_train_batch_size,
         "padding_free": getattr(args, "padding_free", "GRPOConfig has no such option"),
+        "weights": str(model.dtype),
         "attention": model.config._attn_implementation,
         "old_log_probs": "those of the update itself, without a pass of their own",
         "tools": "calls of one message overlap; messages wait for each other",

@@ -55,9 +55,9 @@ WORKLOADS: dict[str, dict[str, Workload]] = {
         "game": Workload("game", 2, 2, 4, (2, 0.5, 4), turns=(2, 4)),
     },
     "cpu": {
-        "long-tail": Workload("single", 2, 8, 16, (32, 1.0, 160), at_maximum=1),
-        "tools": Workload("tools", 2, 8, 16, (12, 0.7, 48), turns=(1, 4), latency_s=(0.03, 0.3)),
-        "game": Workload("game", 2, 8, 16, (3, 0.5, 8), turns=(2, 6)),
+        "long-tail": Workload("single", 2, 6, 16, (32, 1.0, 160), at_maximum=1),
+        "tools": Workload("tools", 2, 6, 16, (12, 0.7, 48), turns=(1, 4), latency_s=(0.03, 0.3)),
+        "game": Workload("game", 2, 6, 16, (3, 0.5, 8), turns=(2, 6)),
     },
     "qwen2.5-1.5b": {
         "long-tail": Workload("single", 16, 8, 128, (300, 1.0, 2048), at_maximum=2),
