@@ -178,7 +178,7 @@ def _naive_repetition(t: dict[str, torch.Tensor], shape: Shape) -> tuple[torch.T
     for ids in t["ids"].view(shape.num_seqs, shape.seq_len).tolist():
         runs = Counter(tuple(ids[start : start + NGRAM]) for start in range(len(ids) - NGRAM + 1))
         most.append(max(runs.values(), default=0))
-    return (torch.tensor(most),)
+    return (torch.tensor(most, device=t["ids"].device),)
 
 
 NAIVE: dict[str, Operation] = {

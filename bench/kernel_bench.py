@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.device(args.device), args.repeats or REPEATS[args.device], args.seed, args.memory, args.only, args.skip
     )
     result: dict[str, Any] = _header(args, cases)
-    if bench.memory and bench.device.type == "cpu":
+    if bench.memory and any(one.package for case in cases for one in bench.chosen(case)):
         preload()
     started, wrong = time.monotonic(), False
     for case in cases:

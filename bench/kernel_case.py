@@ -97,7 +97,7 @@ def run_case(case: Case, bench: Bench) -> dict[str, Any]:
         entry |= _checked(step, case, problem, truths.get(contender.objective))
         if entry["status"] == "passed":
             steps[contender.name] = step
-            if bench.memory:
+            if bench.memory and contender.objective != "floor":
                 entry |= peak_of(contender, step, problem, case, bench.seed)
     _time(contenders, steps, entries, problem, case, bench)
     _add_floor_shares(entries, contenders[0].name)
@@ -188,8 +188,8 @@ def _add_floor_shares(entries: dict[str, Entry], name: str) -> None:
 def _describe(case: Case, problem: Any, bench: Bench) -> dict[str, Any]:
     shape = case.shape
     described = {
-        "title": f"{case.level}: {case.title}",
         "level": case.level,
+        "title": case.title,
         "variant": case.variant,
         "num_rows": shape.num_rows,
         "num_seqs": shape.num_seqs,

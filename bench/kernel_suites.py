@@ -64,12 +64,12 @@ _CUDA_PACKED = (
 
 SUITES: dict[str, tuple[Block, ...]] = {
     "cpu": (
-        Block("hidden", ("cpu-small",), (512, 1024, 2048)),
+        Block("hidden", ("cpu-small",), (256, 512, 1024)),
         Block("hidden", ("cpu-small",), (1024,), (0.7,), (0.5,)),
         Block("hidden", ("cpu-small",), (1024,), (0.3,), (0.1,)),
-        Block("hidden-logprob", ("cpu-small",), (512, 1024)),
+        Block("hidden-logprob", ("cpu-small",), (256, 1024)),
         Block("hidden-logprob", ("cpu-small",), (1024,), (0.3,), (0.1,)),
-        Block("logits", ("cpu-small",), (512, 1024)),
+        Block("logits", ("cpu-small",), (256, 1024)),
         *_PACKED,
     ),
     "tiny": (

@@ -18,13 +18,14 @@ LEVEL_TITLES = {
 def print_case(record: Record) -> None:
     """Print a case: with rich where it is installed, else as Markdown."""
     rows = [_terminal_row(name, entry) for name, entry in record["contenders"].items()]
+    title = f"{record['level']}: {record['title']}"
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print("\n".join([record["title"], "", *_markdown_table(list(TERMINAL_COLUMNS), rows), ""]), flush=True)
+        print("\n".join([title, "", *_markdown_table(list(TERMINAL_COLUMNS), rows), ""]), flush=True)
         return
-    table = Table(title=record["title"], title_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in TERMINAL_COLUMNS:
         table.add_column(column, justify="left" if column in ("", "note") else "right", no_wrap=column != "note")
     for row in rows:
@@ -55,7 +56,7 @@ def _terminal_row(name: str, entry: Record) -> list[str]:
         _optional(_mebibytes(entry, 0), ".0f"),
         _optional(errors_of(entry).get("logp_p99"), ".0e"),
         _optional(worst_error(entry), ".0e"),
-        entry.get("no_memory_figure", ""),
+        f"memory: {entry['no_memory_figure']}" if "no_memory_figure" in entry else "",
     ]
 
 
@@ -129,7 +130,7 @@ def _by_size(cases: list[Record]) -> list[str]:
     lines = [f"{_size(largest)}:", "", *_markdown_table(titles, rows), ""]
     if len(cases) == 1:
         return lines
-    names = list(dict.fromkeys(name for case in cases for name, _ in _by_time(case)))
+    names = list(dict.fromkeys(name for case in (largest, *cases) for name, _ in _by_time(case)))
     table = [[name, *(_time_and_share(case["contenders"].get(name)) for case in cases)] for name in names]
     return [*lines, "Forward and backward in ms (share of the floor):", "",
             *_markdown_table(["", *(_size(case) for case in cases)], table), ""]  # fmt: skip
@@ -141,6 +142,8 @@ def _by_variant(cases: list[Record]) -> list[str]:
         of_size = [case for case in cases if case["num_rows"] == size]
         names = list(dict.fromkeys(name for case in of_size for name in case["contenders"]))
         names = [name for name in names if any(_measured(case, name) for case in of_size)]
+        if not names:
+            continue
         rows = [
             [case["variant"], *(_time_and_share(case["contenders"].get(name), share=False) for name in names)]
             for case in of_size
@@ -190,4 +193,5 @@ def _absent(cases: list[Record]) -> str:
 
 
 def _markdown_table(titles: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows)]
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (titles, *rows))
+    return [head, f"|{'---|' * len(titles)}", *body]

@@ -84,14 +84,14 @@ def alternate(
     return {name: failures.get(name) or taken[unused:] for name, taken in times.items()}
 
 
-def cuda_peak(step: Step, problem: Inputs) -> int:
+def cuda_peak(step: Step, problem: Inputs, backward: bool = True) -> int:
     """Bytes that a step adds to what is allocated, at its peak, gradients included."""
     clear_gradients(problem)
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run_step(step, problem)
+    run_step(step, problem, backward)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 

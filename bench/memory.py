@@ -24,7 +24,7 @@ PATIENCE_S = 300
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 18),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 18),
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
     # The folder of a script, bench/ say, must not come before these.
     "PYTHONSAFEPATH": "1",
     # Workers of its own would not be seen here, and end later than the process that wants them.
@@ -35,7 +35,9 @@ _ENVIRONMENT = {
 def peak_of(contender: Contender, step: Step, problem: Any, case: Case, seed: int) -> dict[str, Any]:
     """Peak bytes beyond the inputs, gradients included, as `peak_extra_bytes`; or `no_memory_figure` and why."""
     if problem.device.type == "cuda":
-        return {"peak_extra_bytes": cuda_peak(step, problem)}
+        return {"peak_extra_bytes": cuda_peak(step, problem, LEVELS[case.level].has_backward)}
+    if contender.compiled and LEVELS[case.level].is_short:
+        return {"no_memory_figure": "left out: the process would compile for seconds what runs for milliseconds"}
     context = multiprocessing.get_context("forkserver")
     with _environment(_ENVIRONMENT):
         multiprocessing.forkserver.ensure_running()

@@ -56,11 +56,13 @@ def _title(case: Record, result: Record) -> str:
     return f"{case['level']}{head}, {where}, commit {machine['commit']}"
 
 
-def _figure(columns: int, height: float = 4) -> Any:
+def _figure(panels: int, height: float = 4) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * columns, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    rows = 2 if panels == 4 else 1
+    columns = panels // rows
+    figure = Figure(figsize=(5 * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
 def _over_sizes(cases: list[Record]) -> Any:
@@ -71,7 +73,7 @@ def _over_sizes(cases: list[Record]) -> Any:
     figure, axes = _figure(4 if shares else 3)
     panels = (
         ("forward and backward, ms", lambda entry, case: entry["median_s"] * 1e3, "log"),
-        ("peak memory beyond inputs and gradients, MiB", _extra_mebibytes, "symlog"),
+        ("memory beyond inputs and gradients, MiB", _extra_mebibytes, "linear"),
         ("share of the floor", lambda entry, case: entry.get("floor_share"), "linear"),
     )
     for axis, (label, value_of, scale) in zip(axes, panels, strict=False):
@@ -93,10 +95,11 @@ def _over_sizes(cases: list[Record]) -> Any:
 def _over_variants(cases: list[Record]) -> Any:
     """Time, share of the floor and memory of each loss or operator."""
     labels = [f"{case['variant']}\n{case['num_rows']}" for case in cases]
-    figure, axes = _figure(2, 1 + len(cases) * 0.8)
+    figure, axes = _figure(3, 1 + len(cases) * 0.8)
     _bars(axes[0], cases, labels, "ms", lambda entry, case: entry["median_s"] * 1e3)
     axes[0].set_xscale("log")
     _bars(axes[1], cases, labels, "share of a copy's bandwidth", lambda entry, case: entry.get("floor_share"))
+    _bars(axes[2], cases, labels, "memory beyond inputs and gradients, MiB", _extra_mebibytes)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=6, fontsize="small")
     return figure
