@@ -72,7 +72,7 @@ def _shapes(groups: int, group_size: int, scale: int, dead: int) -> dict[str, Sh
 
 SHAPES = {
     "tiny": _shapes(groups=2, group_size=2, scale=1, dead=0),
-    "cpu": _shapes(groups=4, group_size=4, scale=4, dead=1),
+    "cpu": _shapes(groups=4, group_size=4, scale=3, dead=1),
     "qwen2.5-1.5b": _shapes(groups=16, group_size=8, scale=32, dead=4),
 }
 """Batches by size of model and kind."""

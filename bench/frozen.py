@@ -211,12 +211,12 @@ def _check(frozen: Frozen) -> None:
         refuse("lengths", frozen.lengths, "it must hold at least one sequence, of 2 tokens or more each")
     for known, size in ((PER_SEQUENCE, count), (PER_TOKEN, int(frozen.lengths.sum()))):
         for name, dtype in known.items():
-            array: Any = getattr(frozen, name)
-            if array is None and name in OPTIONAL:
+            if getattr(frozen, name) is None and name in OPTIONAL:
                 continue
-            if getattr(array, "dtype", None) != dtype or getattr(array, "shape", None) != (size,):
-                found = f"{getattr(array, 'dtype', type(array))} {list(getattr(array, 'shape', ()))}"
-                refuse(name, found, f"it must be {np.dtype(dtype).name} [{size}], as lengths says")
+            array = np.asarray(getattr(frozen, name))
+            if array.dtype != dtype or array.shape != (size,):
+                remedy = f"it must be {np.dtype(dtype).name} [{size}], as lengths says"
+                refuse(name, f"{array.dtype} {list(array.shape)}", remedy)
             if array.dtype == np.float32 and not np.isfinite(array).all():
                 refuse(name, f"not finite at {int((~np.isfinite(array)).argmax())}", "drop or repair that sequence")
     _check_contents(frozen, refuse)
