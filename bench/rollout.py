@@ -168,7 +168,10 @@ def workload_row(contender: Contender, workload: Workload, suite: Suite, model: 
             checked = gap(model, messages)
             if too_far(checked, suite.dtype):
                 return cases.refused(f"log-probs are {checked['gap_mean_nats']:.3g} nats off in the mean", **checked)
-    return cases.measured(times, computes=contender.computes, **checked, **rates(whole, times, first_s, latencies))
+    found = rates(whole, times, first_s, latencies)
+    if model is None:
+        found = {name: found[name] for name in ("tokens", "tokens_per_s")}  # nothing was computed from the prompts
+    return cases.measured(times, computes=contender.computes, **checked, **found)
 
 
 def timed(

@@ -82,9 +82,9 @@ SUITES = {
         (
             Workload("equal lengths, batch 4", 4, 48, 32),
             Workload("equal lengths, batch 32", 32, 48, 32),
-            Workload("long tail", 64, 48, 12, long_tail=96),
+            Workload("long tail", 48, 48, 12, long_tail=96),
             Workload("shared prompt", 32, 256, 16, group=8),
-            Workload("multi-turn", 32, 96, 8, turns=4, observe_tokens=24),
+            Workload("multi-turn", 32, 96, 8, turns=3, observe_tokens=24),
         ),
         kv_cache_gib=1,
         repeats=3,
