@@ -22,7 +22,7 @@ from bench.levels import LEVELS
 from bench.machine import describe_gpus, describe_machine
 from bench.memory import preload
 from bench.policy_problems import CONFIGS
-from bench.problems import HEADS
+from bench.problems import HEADS, action_mask
 
 REPEATS = {"cpu": 3, "cuda": 20}
 
@@ -123,6 +123,9 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     ]  # fmt: skip
     if not kept:
         sys.exit(f"no case of suite {args.suite} has level {args.level}, shape {args.shape}, variant {args.variant}")
+    for case in kept:
+        if not action_mask(case.shape, drop_last=case.level == "logits").any():
+            sys.exit(f"{case.level}: {case.title}: no row is an action token; use more tokens or a larger --active")
     return kept
 
 

@@ -322,6 +322,8 @@ def test_a_suite_can_be_narrowed_but_not_changed():
         kernel_bench.main(["--suite", "tiny", "--tokens", "512"])
     with pytest.raises(SystemExit, match="no case"):
         kernel_bench.main(["--suite", "tiny", "--level", "hidden", "--shape", "cpu"])
+    with pytest.raises(SystemExit, match="no row is an action token"):
+        kernel_bench.main(["--level", "logits", "--shape", "tiny", "--tokens", "256", "--active", "0.3"])
 
 
 def test_a_deadline_leaves_cases_out_and_says_so(tmp_path):
