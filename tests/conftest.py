@@ -1,22 +1,24 @@
-"""Settings of the whole test run: interpreted Triton, one thread per process, and an order that keeps workers busy.
+"""Settings of the whole test run: interpreted Triton, one thread per worker, and an order that keeps workers busy.
 
 Triton's kernels run in its interpreter, unless TRITON_INTERPRET=0 asks for a GPU.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import sys
 
-# Triton reads it when it is first imported, which any test may do, through transformers for one.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-# Every core has a worker already; two threads of OpenMP that wait for each other beside another process take far longer
-# than one. Torch reads it when it is first imported.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
 from hypothesis import settings
+
+# Triton reads it when it is first imported, which any test may do, through transformers for one.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IS_WORKER:
+    # Every core has its worker: threads of OpenMP that wait for each other beside other processes take far longer than
+    # one does. Torch reads it when it is first imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A deadline would be an assertion about time, which a busy machine breaks.
 settings.register_profile("untimed", deadline=None)
@@ -28,6 +30,7 @@ LONG_FILES = (
     "tests/end_to_end/test_training.py",
     "tests/rollout/test_vllm_engine.py",
     "tests/end_to_end/test_ranks.py",
+    "tests/ops/test_compiled_kernels.py",
     "tests/update/test_sharded.py",
     "tests/ops/test_triton_backend.py",
     "tests/ops/test_vocab_parallel.py",
@@ -53,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # come last, where nothing is left for the other worker to do.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if IS_WORKER:
         _import_untraced()
 
 
@@ -63,7 +66,8 @@ def _import_untraced() -> None:
     sys.settrace(None)
     try:
         for name in SLOW_IMPORTS:
-            importlib.import_module(name)
+            if importlib.util.find_spec(name.partition(".")[0]):
+                importlib.import_module(name)
     finally:
         sys.settrace(tracer)
 
