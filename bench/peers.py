@@ -229,7 +229,11 @@ PEERS = (
         levels=HEAD_LEVELS,
         devices=CUDA,
     ),
-    _liger("liger_grpo", _liger_grpo, "LigerFusedLinearGRPOLoss: PPO loss, no entropy; every row"),
+    _liger(
+        "liger_grpo",
+        _liger_grpo,
+        "LigerFusedLinearGRPOLoss: PPO loss, no entropy; every row; compiled, as by its default, on CUDA only",
+    ),
     _liger(
         "liger_scaled_ce",
         _liger_scaled_ce,

@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.kernel_tables import markdown
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 PAGES = ("README.md", "kernels/README.md")
@@ -36,7 +40,7 @@ def updated(page: str) -> str:
 def _parts(page: str) -> dict[str, str]:
     if page == "kernels/README.md":
         return {
-            "ops-cpu": ops_table(_json("cpu/ops.json")),
+            "kernels-cpu": kernel_times(_json("cpu/kernels.json")),
             "kernel-resources": kernel_table(_json("compile/kernels.json")),
         }
     return {
@@ -84,28 +88,15 @@ def quickstart_table(*results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ops_table(result: dict[str, Any]) -> str:
-    """Return one table per measured case: the loss operators beside plain torch and other projects."""
-    lines = []
-    for case in result["cases"]:
-        lines += [
-            f"{case['title']}, forward and backward, {result['threads']} threads, median of {case['repeats']} runs:",
-            "",
-        ]
-        lines += ["| | s | times the floor | extra MiB | log-prob error, p99 nat |", "|---|---|---|---|---|"]
-        measured = {name: run for name, run in case["contenders"].items() if run["status"] == "measured"}
-        floor = measured["floor"]["median_s"]
-        for name, run in sorted(measured.items(), key=lambda entry: entry[1]["median_s"]):
-            memory = (run["peak_extra_bytes"] - case["gradient_bytes"]) / 2**20
-            error = run.get("errors", {}).get("logp_p99")
-            cells = [name, f"{run['median_s']:.2f}", f"{run['median_s'] / floor:.2f}", f"{max(memory, 0):.0f}"]
-            lines.append(f"| {' | '.join([*cells, '' if error is None else f'{error:.0e}'])} |")
-        lines.append("")
-    lines.append(
-        "Extra memory is the resident peak beyond inputs and gradients. `floor` is the three matrix products alone. "
-        f"Written by `bench/ops.py` {provenance(result['machine'])}."
+def kernel_times(result: dict[str, Any]) -> str:
+    """Return the tables of every layer beside plain torch and other projects, with their provenance."""
+    settings = result["settings"]
+    return (
+        f"{markdown(result)}\n"
+        f"Medians on {settings['threads']} threads. Extra memory is the resident peak beyond inputs and gradients. The "
+        "floor is the matrix products alone, or where there are none a copy of as many bytes as must be moved. Written "
+        f"by `bench/kernels.py` {provenance(result['machine'])}.\n"
     )
-    return "\n".join(lines) + "\n"
 
 
 def kernel_table(result: dict[str, Any]) -> str:
