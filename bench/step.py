@@ -135,12 +135,10 @@ def run_case(workload: str, model: str, args: argparse.Namespace, pool: Pool) ->
     rows: dict[str, dict[str, Any]] = {}
     trl = {name: opening for name, opening in openings.items() if opening.trainer == "trl"}
     if trl:
-        tried = try_micro_batches(
-            replace(blank, trainer="trl"), _micro_batches(args, script.workload.trajectories), pool
-        )
-        best = min(
-            (size for size in tried if "seconds" in tried[size]), key=lambda size: tried[size]["seconds"], default=0
-        )
+        sizes = _micro_batches(args, script.workload.trajectories)
+        tried = try_micro_batches(replace(blank, trainer="trl"), sizes, pool) if len(sizes) > 1 else {}
+        fit = [size for size in tried if "seconds" in tried[size]]
+        best = min(fit, key=lambda size: tried[size]["seconds"], default=sizes[0])
         openings |= {name: replace(opening, micro_batch=best) for name, opening in trl.items()}
         rows |= {name: {"micro_batches_tried": tried} for name in trl if name == "trl"}
     reports: dict[str, list[StepReport] | WorkerError] = {}

@@ -126,7 +126,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, model: str) -> Iterator[type[FakeWorke
 def measured(fake: type[FakeWorker], tmp_path: Path) -> tuple[int, dict[str, Any]]:
     out = tmp_path / "step.json"
     what = ["--size", "tiny", "--workload", WORKLOAD, "--only", "ours", "trl", "trl-liger"]
-    code = step.main([*what, "--steps", "2", "--micro-batch", "0", "--out", str(out)])
+    code = step.main([*what, "--steps", "2", "--micro-batch", "0", "2", "--out", str(out)])
     return code, json.loads(out.read_text())
 
 
@@ -138,7 +138,7 @@ def test_a_failing_peer_is_a_row(fake: type[FakeWorker], tmp_path: Path) -> None
     assert rows["trl-liger"] == {"status": "failed", "why": "RuntimeError: needs a GPU"}
     assert rows["ours"]["times_s"] == [3.0, 3.0]
     assert rows["ours"]["useful_tokens_per_s"] == pytest.approx(fake.report.tokens / 3.0)
-    assert rows["trl"]["micro_batches_tried"] == {"4": {"seconds": 3.0}}
+    assert rows["trl"]["micro_batches_tried"] == {"4": {"seconds": 3.0}, "2": {"seconds": 3.0}}
     assert result["cases"][0]["ratio"] == pytest.approx(1.0)
     text = markdown(result)
     assert "| tools | TRL, transformers |" in text
