@@ -24,7 +24,7 @@ PATIENCE_S = 300
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 18),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 18),
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")])),
     # The folder of a script, bench/ say, must not come before these.
     "PYTHONSAFEPATH": "1",
     # Workers of its own would not be seen here, and end later than the process that wants them.
