@@ -31,7 +31,7 @@ from bench.update_gate import TOLERANCE
 from bench.update_job import Job, Trainer
 from bench.update_ours import OurTrainer
 from bench.update_trl import TrlTrainer
-from bench.update_turns import REFERENCE, Build, Turns, compare, fitting, measure
+from bench.update_turns import REFERENCE, Build, NeedsCuda, Turns, compare, fitting, measure
 from spear_fast.errors import SpearError
 from spear_fast.update.model import silence_progress_bars
 
@@ -55,7 +55,7 @@ def _trl_with_mixin(job: Job, batch_size: int) -> Trainer:
 
 def _trl_with_liger(job: Job, batch_size: int) -> Trainer:
     if job.device == "cpu":
-        raise RuntimeError("Liger's layers are Triton kernels, which do not run on the CPU; use --device cuda")
+        raise NeedsCuda("Liger's layers are Triton kernels")
     return TrlTrainer(job, batch_size, more={"use_liger_kernel": True})
 
 

@@ -25,6 +25,10 @@ UNSIZED = ("ours",)
 """Rows that have no batch size, since they fill micro-batches by tokens."""
 
 
+class NeedsCuda(Exception):
+    """A row was not tried, since it cannot run on the CPU."""
+
+
 @dataclass(frozen=True)
 class Turns:
     """How often to measure."""
@@ -57,6 +61,8 @@ def attempt(entry: Entry, work: Callable[[], T]) -> T | None:
         return work()
     except ImportError as error:
         entry |= {"status": "not installed", "reason": str(error)}
+    except NeedsCuda as error:
+        entry |= {"status": "needs CUDA", "reason": str(error)}
     except Exception as error:  # other projects may fail in any way
         entry |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".strip()[:500]}
     return None

@@ -22,7 +22,7 @@ from bench.shared_losses import LOSSES
 from bench.update_gate import complaint, distances
 from bench.update_job import Gradients, Job
 from bench.update_ours import OurTrainer
-from bench.update_turns import Turns, compare, measure
+from bench.update_turns import NeedsCuda, Turns, compare, measure
 
 VOCAB = 1024
 ROUNDING = 2e-5
@@ -219,16 +219,21 @@ def test_only_rows_that_agree_are_timed_in_turns_with_their_best_batch_size(fold
     def missing(job, size):
         raise ImportError("no such package")
 
+    def elsewhere(job, size):
+        raise NeedsCuda("kernels")
+
     builds = {
         "ours": lambda job, size: FakeTrainer("ours", 1.0, 1.0, log),
         "trl": lambda job, size: FakeTrainer(f"trl {size}", 1.0, seconds[size], log),
         "wrong": lambda job, size: FakeTrainer("wrong", 1.1, 0.1, log),
         "absent": missing,
+        "elsewhere": elsewhere,
     }
     job = Job(folder, frozen, LOSSES["dapo"], "cpu")
     entries = compare(job, builds, 2)
     assert {name: entry["status"] for name, entry in entries.items()} == {
-        "ours": "passed", "trl": "passed", "wrong": "refused", "absent": "not installed"
+        "ours": "passed", "trl": "passed", "wrong": "refused", "absent": "not installed",
+        "elsewhere": "needs CUDA",
     }  # fmt: skip
     measure(job, builds, entries, Turns(rounds=2, repeats=2, batch_sizes=(1, 2, 3, 4)))
     assert log == [("trl 1", 1), ("trl 2", 1), ("ours", 3), ("trl 2", 3), ("trl 2", 3), ("ours", 3)]
