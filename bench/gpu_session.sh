@@ -13,6 +13,9 @@
 #   tokens           the same over numbers of tokens
 #   logprob, logits  log-probs from hidden states, and losses from logits, at each head
 #   packed           losses from log-probs, covariance, and the operators on packed batches
+#   step             whole training steps beside TRL's
+#   trainer-only     updates on frozen rollouts beside TRL's
+#   rollout, sync    engines, and what new weights cost them
 #
 # SESSION_SECONDS  time for everything (1500); a part that would start later is left out
 # ENGINE_WHEELS    folder with the wheels of bench/gpu_requirements.txt, where vLLM is not installed
@@ -30,7 +33,8 @@ cd "$(dirname "$0")/.."
 
 dry_run=
 [[ "${1:-}" == --dry-run ]] && { dry_run=1; shift; }
-known=(tests colocated-tests run-tests colocated calibrate shares tokens logprob logits packed)
+known=(tests colocated-tests run-tests colocated calibrate shares tokens logprob logits packed step
+  trainer-only rollout sync)
 parts=" ${*:-${known[*]}} "
 for part in $parts; do
   [[ " ${known[*]} " == *" $part "* ]] || { echo "no part $part; choose from ${known[*]}"; exit 2; }
@@ -201,6 +205,33 @@ fi
 if wanted packed; then
   echo "== losses from log-probs, covariance and packed batches"
   measure kernels-packed 400 --suite cuda-packed
+fi
+
+# alone NAME LIMIT SCRIPT OPTIONS...: a benchmark that refuses its own wrong rows and writes after each case.
+alone() {
+  local name=$1 limit=$2
+  shift 2
+  run "$limit" "$python" "$@" --device cuda --out "$out/$name.json" || failed+=("$name")
+}
+
+if wanted step; then
+  echo "== whole steps beside TRL"
+  alone step 590 bench/step.py --size qwen2.5-1.5b --apart
+fi
+
+if wanted trainer-only; then
+  echo "== updates on frozen rollouts beside TRL"
+  alone trainer_only 590 bench/trainer_only.py --size qwen2.5-1.5b --dtype bfloat16
+fi
+
+if wanted rollout; then
+  echo "== rollout engines"
+  alone rollout 590 bench/rollout.py --suite cuda
+fi
+
+if wanted sync; then
+  echo "== weight sync"
+  alone sync 400 bench/sync.py --suite cuda
 fi
 
 echo "== $((SECONDS - started)) s, results in $out"

