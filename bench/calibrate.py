@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.machine import ROOT, describe_machine, result_folder
+from bench.common.machine import ROOT, describe_machine, result_folder
 from spear_fast.batching import collate
 from spear_fast.config.schema import ModelInit
 from spear_fast.memory.gpus import DATASHEET

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.gpu_memory import PeakWatch, settled_bytes
-from bench.machine import ROOT, describe_machine
+from bench.common.gpu_memory import PeakWatch, settled_bytes
+from bench.common.machine import ROOT, describe_machine
 from spear_fast.assemble import Policy, make_engine, plan_run, push_policy, spread
 from spear_fast.config.load import load_config
 from spear_fast.config.schema import RunConfig

@@ -1,4 +1,4 @@
-"""Seeded batches of long-tailed rollouts for `bench/frozen.py`: single-turn, with tools, and of a text game.
+"""Seeded batches of long-tailed rollouts for `bench/updates/frozen.py`: single-turn, with tools, and of a text game.
 
 python bench/freeze.py --size cpu --kind tool --out runs/tool.safetensors
 """
@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from bench import step_model
-from bench.frozen import Frozen, describe, write
+from bench.common import random_policy
+from bench.updates.frozen import Frozen, describe, write
 from spear_fast.types import Row
 from spear_fast.update.model import PackedModel, load_model
 from spear_fast.update.scoring import Scorer
@@ -91,8 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        score = scorer(step_model.build(args.size, Path(folder), seed=args.seed, device=args.device), args.device)
-    frozen = freeze(SHAPES[args.size][args.kind], score, step_model.model_shape(args.size)["vocab_size"], args.seed)
+        score = scorer(random_policy.build(args.size, Path(folder), seed=args.seed, device=args.device), args.device)
+    frozen = freeze(SHAPES[args.size][args.kind], score, random_policy.model_shape(args.size)["vocab_size"], args.seed)
     write(frozen, args.out)
     print(describe(frozen))
     return 0

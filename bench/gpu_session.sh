@@ -68,7 +68,7 @@ run() {
 if [[ -n $dry_run ]]; then
   folder=GPU
 else
-  folder=$("$python" -c 'import torch; from bench.machine import result_folder; print(result_folder())') || exit 2
+  folder=$("$python" -c 'import torch; from bench.common.machine import result_folder; print(result_folder())') || exit 2
   [[ $folder == cpu ]] && { echo "no CUDA device found"; exit 2; }
 fi
 out=${RESULTS_ROOT:-bench/results}/$folder
@@ -76,7 +76,7 @@ out=${RESULTS_ROOT:-bench/results}/$folder
 failed=()
 
 echo "== machine"
-run 60 "$python" -c 'import json; from bench.machine import describe_machine; print(json.dumps(describe_machine(), indent=1))'
+run 60 "$python" -c 'import json; from bench.common.machine import describe_machine; print(json.dumps(describe_machine(), indent=1))'
 
 # Not where the interpreter keeps its own: what is brought along must not replace a package that others here use.
 brought=$(mktemp -d)
@@ -175,7 +175,7 @@ measure() {
   operators "$limit" "$@" --out "$out/$name-own.json" --skip peers || failed+=("$name-own")
 }
 
-# at_heads SUITE LIMIT: a suite of bench/kernel_suites.py, head by head.
+# at_heads SUITE LIMIT: a suite of bench/layers/suites.py, head by head.
 at_heads() {
   for head in $heads; do
     measure "kernels-$1-$head" "$2" --suite "cuda-$1" --shape "$head"

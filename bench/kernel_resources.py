@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.machine import ROOT, describe_machine
+from bench.common.machine import ROOT, describe_machine
 from spear_kernels.compile_check import compile_all
 
 HEADER = (

@@ -14,6 +14,6 @@ elif __name__ == "__main__":
     ROOT = Path(__file__).resolve().parents[1]
     # This folder leaves the path, or transformers would find this very file.
     sys.path[:1] = [str(ROOT), str(ROOT / "kernels")]
-    from bench.kernel_bench import main
+    from bench.layers.command import main
 
     sys.exit(main())

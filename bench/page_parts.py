@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import kernel_tables, replay, rollout, step_table, sync, trainer_tables
-from bench.kernel_tables import milliseconds
+from bench import replay, rollout, sync
+from bench.layers import tables as kernel_tables
+from bench.layers.tables import milliseconds
+from bench.steps import tables as step_table
+from bench.updates import tables as trainer_tables
 
 Result = dict[str, Any]
 

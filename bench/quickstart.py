@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.machine import ROOT, describe_machine
+from bench.common.machine import ROOT, describe_machine
 from spear_fast.log.plot import plot_runs
 from spear_fast.log.records import METRICS_FILE, read_records
 

@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from bench import cases
-from bench.gpu_memory import settled_bytes
-from bench.machine import describe_machine
-from bench.replay_load import Load, Steps
-from bench.replay_storages import BASELINE, Savable, Storage, storages
+from bench.common import cases
+from bench.common.gpu_memory import settled_bytes
+from bench.common.machine import describe_machine
+from bench.storages.load import Load, Steps
+from bench.storages.storages import BASELINE, Savable, Storage, storages
 from spear_fast.replay.baseline import BaselineQueue
 
 STEADY_STEPS = 3

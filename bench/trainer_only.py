@@ -21,17 +21,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench import step_model
+from bench.common import random_policy
+from bench.common.machine import describe_machine
 from bench.freeze import GATE, KINDS, SHAPES, freeze, scorer
-from bench.frozen import Frozen, FrozenError, describe, read
-from bench.machine import describe_machine
-from bench.shared_losses import LOSSES
-from bench.trainer_tables import print_case
-from bench.update_gate import TOLERANCE
-from bench.update_job import Job, Trainer
-from bench.update_ours import OurTrainer
-from bench.update_trl import TrlTrainer
-from bench.update_turns import REFERENCE, Build, NeedsCuda, Turns, compare, fitting, measure
+from bench.updates.frozen import Frozen, FrozenError, describe, read
+from bench.updates.gate import TOLERANCE
+from bench.updates.job import Job, Trainer
+from bench.updates.ours import OurTrainer
+from bench.updates.shared_losses import LOSSES
+from bench.updates.tables import print_case
+from bench.updates.trl_trainer import TrlTrainer
+from bench.updates.turns import REFERENCE, Build, NeedsCuda, Turns, compare, fitting, measure
 from spear_fast.errors import SpearError
 from spear_fast.update.model import silence_progress_bars
 
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            folder = args.model or step_model.build(args.size, Path(temporary), seed=args.seed, device=args.device)
+            folder = args.model or random_policy.build(args.size, Path(temporary), seed=args.seed, device=args.device)
             small, batches = _batches(args, folder)
         except SpearError as error:
             raise SystemExit(str(error)) from error

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from bench import rollout, sync
-from bench.engine_start import EngineSettings, random_model, shape_of, start_engine, write_shape
-from bench.rollout_contenders import Message, TransformersGenerate
-from bench.rollout_gate import complaint, gap, too_far
-from bench.rollout_load import SUITES, Turn, Workload, conversations
+from bench.common.engine_start import EngineSettings, random_model, shape_of, start_engine, write_shape
+from bench.engines.contenders import Message, TransformersGenerate
+from bench.engines.gate import complaint, gap, too_far
+from bench.engines.load import SUITES, Turn, Workload, conversations
 from spear_fast.errors import EngineError, MissingDependencyError
 from spear_fast.rollout import vllm_compat
 from spear_fast.rollout.hf_engine import HFEngine

@@ -12,18 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import kernel_bench, machine, plots
-from bench.contenders import OWN, Contender, Outcome, actions_of, clipped_loss, loss_of_actions, naive
-from bench.gate import gate_problem, truth_of
-from bench.head_levels import HeadLevel
-from bench.kernel_case import Bench, gated, run_case
-from bench.kernel_suites import SUITES
-from bench.kernel_tables import markdown, print_case
-from bench.level import Case
-from bench.levels import LEVELS
-from bench.measure import alternate, resident_peak, run_step
-from bench.memory import peak_of
-from bench.problems import HEADS, NO_HEAD, Head, Shape, loss_flops, make_problem, recompute_flops
+from bench import plots
+from bench.common import machine
+from bench.common.measure import alternate, resident_peak, run_step
+from bench.layers import command
+from bench.layers.contenders import OWN, Contender, Outcome, actions_of, clipped_loss, loss_of_actions, naive
+from bench.layers.gate import gate_problem, truth_of
+from bench.layers.head_levels import HeadLevel
+from bench.layers.level import Case
+from bench.layers.levels import LEVELS
+from bench.layers.measured_case import Bench, gated, run_case
+from bench.layers.memory import peak_of
+from bench.layers.problems import HEADS, NO_HEAD, Head, Shape, loss_flops, make_problem, recompute_flops
+from bench.layers.suites import SUITES
+from bench.layers.tables import markdown, print_case
 from spear_kernels import linear_logprob
 from spear_kernels.testing import OperationRecorder
 
@@ -281,7 +283,7 @@ def test_end_to_end(tmp_path, capsys):
     out = tmp_path / "new" / "kernels.json"
     options = ["--suite", "tiny", "--repeats", "2", "--no-memory", "--only", "ours,naive", "--out", str(out)]
     heads = ["hidden", "hidden-logprob", "logits"]
-    assert kernel_bench.main([*options, "--level", *heads]) == 0
+    assert command.main([*options, "--level", *heads]) == 0
     result = json.loads(out.read_text())
     assert result["benchmark"] == "kernels"
     assert result["machine"]["packages"]["torch"] == torch.__version__
@@ -319,16 +321,16 @@ def test_every_suite_names_cases_that_exist():
 
 def test_a_suite_can_be_narrowed_but_not_changed():
     with pytest.raises(SystemExit, match="cannot change a suite"):
-        kernel_bench.main(["--suite", "tiny", "--tokens", "512"])
+        command.main(["--suite", "tiny", "--tokens", "512"])
     with pytest.raises(SystemExit, match="no case"):
-        kernel_bench.main(["--suite", "tiny", "--level", "hidden", "--shape", "cpu"])
+        command.main(["--suite", "tiny", "--level", "hidden", "--shape", "cpu"])
     with pytest.raises(SystemExit, match="no row is an action token"):
-        kernel_bench.main(["--level", "logits", "--shape", "tiny", "--tokens", "256", "--active", "0.3"])
+        command.main(["--level", "logits", "--shape", "tiny", "--tokens", "256", "--active", "0.3"])
 
 
 def test_a_deadline_leaves_cases_out_and_says_so(tmp_path):
     out = tmp_path / "kernels.json"
-    kernel_bench.main(["--suite", "tiny", "--level", "logits", "--deadline", "0", "--out", str(out)])
+    command.main(["--suite", "tiny", "--level", "logits", "--deadline", "0", "--out", str(out)])
     result = json.loads(out.read_text())
     assert not result["cases"]
     assert result["left_out_from"].startswith("logits: N 256")
@@ -336,7 +338,7 @@ def test_a_deadline_leaves_cases_out_and_says_so(tmp_path):
 
 def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
-        kernel_bench.main(["--only", "linear_policy_los"])
+        command.main(["--only", "linear_policy_los"])
     assert "linear_policy_loss" in capsys.readouterr().err
 
 
@@ -346,8 +348,8 @@ def test_groups_stand_for_their_members():
         return [one.name for one in bench.chosen(Case("hidden", Shape(HEAD, 256)))]
 
     own = ["floor", "linear_policy_loss", "linear_policy_loss_on_device", "linear_logprob"]
-    assert chosen(only=kernel_bench._names("ours")) == own
-    left = chosen(skip=kernel_bench._names("peers"))
+    assert chosen(only=command._names("ours")) == own
+    left = chosen(skip=command._names("peers"))
     assert left == [one.name for one in OWN if "hidden" in one.levels]
 
 
@@ -361,7 +363,7 @@ def test_the_script_hides_its_folder_from_transformers():
         "print(hasattr(sys.modules['kernels'], '__file__'))\n"
         "sys.argv = ['bench/kernels.py', '--suite', 'none']\n"
         "try: runpy.run_path('bench/kernels.py', run_name='__main__')\n"
-        "except SystemExit: print(importlib.util.find_spec('bench.levels') is not None, 'bench' in sys.path)\n"
+        "except SystemExit: print(importlib.util.find_spec('bench.layers.levels') is not None, 'bench' in sys.path)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["False False", "False", "True False"], done.stderr

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from bench import cases, replay
-from bench.replay_load import Load, Steps
-from bench.replay_storages import BASELINE, Ours, Savable, storages
+from bench import replay
+from bench.common import cases
+from bench.storages.load import Load, Steps
+from bench.storages.storages import BASELINE, Ours, Savable, storages
 from spear_fast.errors import MissingDependencyError
 
 LOAD = Load(trajectories=320, steps=5, group=16, seed=3)

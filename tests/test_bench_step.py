@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bench import step, step_worker
-from bench.step_contender import Opening, StepReport, Turn, run, script_of
-from bench.step_model import build, first_word, make_tokenizer
-from bench.step_phases import PHASES, PhaseClock
-from bench.step_table import markdown, table
-from bench.step_trl import CERTAIN, Forcing
-from bench.step_workloads import TrainedRow, digest, reward_of
+from bench import step
+from bench.common.random_policy import build, first_word, make_tokenizer
+from bench.steps import worker
+from bench.steps.contender import Opening, StepReport, Turn, run, script_of
+from bench.steps.phases import PHASES, PhaseClock
+from bench.steps.tables import markdown, table
+from bench.steps.trl_trainer import CERTAIN, Forcing
+from bench.steps.workloads import TrainedRow, digest, reward_of
 from spear_fast.data.chat import Chat
 
 WORKLOAD = "tools"
@@ -165,18 +166,18 @@ def test_worker_serves_one_trainer_after_another(monkeypatch: pytest.MonkeyPatch
         while go_on:
             go_on = turn(report)
 
-    monkeypatch.setattr(step_worker, "run", fake_run)
+    monkeypatch.setattr(worker, "run", fake_run)
     opening = asdict(Opening("ours", "tiny", WORKLOAD, "m", "cpu"))
     commands = [{"open": opening | {"liger": True}}, {"open": opening}, {"step": True}, {"step": True}, {"close": True}]
     answers = io.StringIO()
-    step_worker.serve(io.StringIO("".join(json.dumps(command) + "\n" for command in commands)), answers)
+    worker.serve(io.StringIO("".join(json.dumps(command) + "\n" for command in commands)), answers)
     got = [json.loads(line) for line in answers.getvalue().splitlines()]
     assert got == [{"error": "RuntimeError: no"}, {}, asdict(report), asdict(report), {}]
 
 
 def test_inner_phases_stop_the_outer_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("bench.step_phases.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("bench.steps.phases.time.perf_counter", lambda: now[0])
 
     def pass_time(seconds: float) -> None:
         now[0] += seconds

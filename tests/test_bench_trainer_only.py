@@ -15,14 +15,16 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
-from bench import step_model, trainer_only, trainer_tables
+from bench import trainer_only
+from bench.common import random_policy
 from bench.freeze import GATE, KINDS, SHAPES, freeze, scorer
-from bench.frozen import Frozen, FrozenError, describe, from_rows, read, write
-from bench.shared_losses import LOSSES
-from bench.update_gate import complaint, distances
-from bench.update_job import Gradients, Job
-from bench.update_ours import OurTrainer
-from bench.update_turns import NeedsCuda, Turns, compare, measure
+from bench.updates import tables as trainer_tables
+from bench.updates.frozen import Frozen, FrozenError, describe, from_rows, read, write
+from bench.updates.gate import complaint, distances
+from bench.updates.job import Gradients, Job
+from bench.updates.ours import OurTrainer
+from bench.updates.shared_losses import LOSSES
+from bench.updates.turns import NeedsCuda, Turns, compare, measure
 
 VOCAB = 1024
 ROUNDING = 2e-5
@@ -31,7 +33,7 @@ ROUNDING = 2e-5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return step_model.build("tiny", tmp_path_factory.mktemp("model"))
+    return random_policy.build("tiny", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ def test_our_gradients_are_those_of_a_float64_loop(folder, frozen, reference, lo
 @pytest.mark.parametrize("loss", LOSSES)
 def test_trl_gradients_are_those_of_a_float64_loop(folder, frozen, reference, loss):
     pytest.importorskip("trl")
-    from bench.update_trl import TrlTrainer
+    from bench.updates.trl_trainer import TrlTrainer
 
     job = Job(folder, frozen, LOSSES[loss], "cpu").unclipped()
     # Splitting the batch shows whether accumulation is what `why_one_batch` says.
@@ -358,7 +360,7 @@ def test_groups_of_different_sizes_and_a_missing_reference_are_named(frozen):
 
 
 def test_trl_gets_prompts_on_the_left_of_completions(frozen):
-    from bench.update_trl import padded
+    from bench.updates.trl_trainer import padded
 
     batch = padded(frozen, torch.device("cpu"), reference=True)
     for index, row in enumerate(frozen.rows()):
