@@ -400,11 +400,12 @@ def test_the_memory_probe_sees_what_was_allocated_and_freed():
 
 
 def test_memory_of_a_step_is_taken_in_a_process_of_its_own():
-    case = Case("hidden", Shape(HEADS["tiny"], 2048))
+    # Large enough that pages which the process has left over from its imports do not count.
+    case = Case("hidden", Shape(HEADS["tiny"], 16384))
     problem = make_problem(case.shape, CPU, seed=3)
     figure = peak_of(contender_of("naive"), step_of("naive"), problem, case, seed=3)
-    logits = 2048 * 515 * 4
-    assert 2 * logits < figure["peak_extra_bytes"] < 8 * logits
+    logits = 16384 * 515 * 4
+    assert 1.5 * logits < figure["peak_extra_bytes"] < 8 * logits
 
 
 def test_gpus_are_described_by_their_driver(monkeypatch):
