@@ -17,12 +17,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-FIELDS = {"median_s": "time", "peak_extra_bytes": "memory", "bytes_per_trajectory": "memory"}
+FIELDS = {"median_s": "time", "peak_extra_bytes": "memory", "peak_bytes": "memory", "bytes_per_trajectory": "memory"}
 """What is compared, in all of it less is better, and how it is called."""
 LABELS = ("level", "title", "name", "workload", "size", "operator", "loss", "engine")
 """Fields that tell the elements of a list apart; the others may be measurements."""
 CONTAINERS = ("cases", "contenders", "rows")
 """Keys that are left out of a row's place."""
+SETTINGS = ("suite", "size", "device", "dtype", "threads", "trajectories")
+"""Settings under which figures may be compared only if they are equal."""
+SLACK = {"peak_extra_bytes": 1 << 20, "peak_bytes": 1 << 20}
+"""Growth that is no news whatever its ratio: pages that a process happens to hold."""
 NEVER_WALKED = ("machine", "settings", "gpus_after", "times_s", "errors", "gate")
 
 
@@ -39,14 +43,20 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """New over old."""
-        return None if self.old is None or self.new is None else self.new / self.old
+        """New over old; infinite from 0."""
+        if self.old is None or self.new is None:
+            return None
+        if self.old == 0:
+            return math.inf if self.new else 1.0
+        return self.new / self.old
 
     def is_worse(self, tolerance: float) -> bool:
         """Whether it grew by more than the tolerance, or was measured before and is not any more."""
         if self.old is None:
             return False
-        return self.ratio is None or not self.ratio <= 1 + tolerance
+        if self.new is None:
+            return True
+        return not self.new <= max(self.old * (1 + tolerance), self.old + SLACK.get(self.field, 0))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,11 +112,15 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check_comparable(old: dict[str, Any], new: dict[str, Any], across_machines: bool) -> None:
-    """Raise ValueError if the files are of different benchmarks, or of different machines without leave."""
+    """Raise ValueError for files of different benchmarks or settings, or of different machines without leave."""
     if old.get("benchmark") != new.get("benchmark"):
         raise ValueError(
             f"benchmark differs: {old.get('benchmark')} and {new.get('benchmark')}; compare like with like"
         )
+    settings = [result.get("settings", {}) for result in (old, new)]
+    if differ := [name for name in SETTINGS if settings[0].get(name) != settings[1].get(name)]:
+        values = "; ".join(f"{name}: {settings[0].get(name)} and {settings[1].get(name)}" for name in differ)
+        raise ValueError(f"settings differ ({values}); measure the new file under those of the old one")
     here, there = _hardware(old["machine"]), _hardware(new["machine"])
     if here != there and not across_machines:
         raise ValueError(f"machines differ: {here} and {there}; --across-machines compares them nevertheless")
@@ -134,7 +148,7 @@ def _measured(result: dict[str, Any]) -> Iterator[tuple[tuple[Place, str], float
     for place, record in _records(result, ()):
         for field in FIELDS:
             value = record.get(field)
-            if isinstance(value, int | float) and value > 0:
+            if isinstance(value, int | float) and value >= 0:
                 yield (place, field), value
 
 

@@ -25,6 +25,7 @@
 # RESULTS_ROOT     where the folder named after the GPU is made (bench/results)
 # BENCH_COMMIT     commit to name in the results, where the tree has no history
 # HEADS            which heads, to do less than all of them
+# WORKLOADS        which workloads of `step` (long-tail tools game)
 # PYTHON           interpreter (python3)
 #
 # A part that fails does not stop the next. bench/kernels.py writes no speed of an operator that is wrong at that shape.
@@ -166,11 +167,15 @@ operators() { run "$1" env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "$py
 # measure NAME LIMIT OPTIONS...: with the peers; without them once more if one took the process down with it. No case
 # starts in the last fifth of the limit.
 measure() {
-  local name=$1 limit=$2
+  local name=$1 limit=$2 status
   shift 2
   set -- "$@" --out "$out/$name.json" --deadline $((limit * 4 / 5))
-  operators "$limit" "$@" && return
+  operators "$limit" "$@"
+  status=$?
+  ((status == 0)) && return
   failed+=("$name")
+  # Only a process that was taken down is worth another try.
+  ((status < 124)) && return
   (($(left) < 5)) && return
   operators "$limit" "$@" --out "$out/$name-own.json" --skip peers || failed+=("$name-own")
 }
@@ -207,7 +212,7 @@ if wanted packed; then
   measure kernels-packed 400 --suite cuda-packed
 fi
 
-# alone NAME LIMIT SCRIPT OPTIONS...: a benchmark that refuses its own wrong rows and writes after each case.
+# alone NAME LIMIT SCRIPT OPTIONS...: a benchmark that refuses its own wrong rows and writes what it has by and by.
 alone() {
   local name=$1 limit=$2
   shift 2
@@ -216,12 +221,16 @@ alone() {
 
 if wanted step; then
   echo "== whole steps beside TRL"
-  alone step 590 bench/step.py --size qwen2.5-1.5b --apart
+  for workload in ${WORKLOADS:-long-tail tools game}; do
+    alone "step-$workload" 590 bench/step.py --size qwen2.5-1.5b --workload "$workload" --apart --steps 2 --micro-batch 8 32
+  done
 fi
 
 if wanted trainer-only; then
   echo "== updates on frozen rollouts beside TRL"
-  alone trainer_only 590 bench/trainer_only.py --size qwen2.5-1.5b --dtype bfloat16
+  # Every loss is compared on the small model, where that takes seconds.
+  alone trainer_only-gate 300 bench/trainer_only.py --size cpu --all-losses
+  alone trainer_only 590 bench/trainer_only.py --size qwen2.5-1.5b --dtype bfloat16 --no-gate
 fi
 
 if wanted rollout; then

@@ -49,12 +49,23 @@ def _rate(rate: float, interval: list[float]) -> str:
 
 def kernel_times(result: Result) -> str:
     """Return the tables of every layer beside plain torch and other projects, with their provenance."""
+    settings = result["settings"]
+    on_cpu = settings["device"] == "cpu"
+    threads, kind = (f" on {settings['threads']} threads", "resident") if on_cpu else ("", "allocated")
     return (
         f"{kernel_tables.markdown(result)}\n"
-        f"Medians on {result['settings']['threads']} threads. Extra memory is the resident peak beyond inputs and "
-        "gradients. The floor is the matrix products alone, or where there are none a copy of as many bytes as must be "
-        f"moved. Written by `bench/kernels.py` {provenance(result)}.\n"
+        f"Medians{threads}. Extra memory is the {kind} peak beyond inputs and gradients. The floor is the matrix "
+        "products alone, or where there are none a copy of as many bytes as must be moved. "
+        f"{_cut_off(result)}Written by `bench/kernels.py` {provenance(result)}.\n"
     )
+
+
+def _cut_off(result: Result) -> str:
+    """What a table must not hide: cases that the time did not suffice for, tests that failed in the same session."""
+    left_out, tests = result.get("left_out_from"), result["settings"].get("tests", "")
+    parts = [f"Left out for want of time from {left_out} on. " if left_out else ""]
+    parts.append(f"In the same session {tests}. " if "failed" in str(tests) else "")
+    return "".join(parts)
 
 
 def kernel_summary(result: Result) -> str:
@@ -73,9 +84,10 @@ def kernel_summary(result: Result) -> str:
     ]
     head = f"H {chosen[0]['hidden_size']}, V {chosen[0]['vocab_size']}, {chosen[0]['dtype']}"
     return (
-        f"{_table(titles, rows)}\nPPO loss of {largest} tokens, forward and backward, {head}. Active: share of action "
-        "tokens; live: share of those with an advantage. Extra memory beyond inputs and gradients where all are active "
-        f"and live. Written by `bench/kernels.py` {provenance(result)}.\n"
+        f"{_table(titles, rows)}\n{kernel_tables.absent(chosen)}\n\n"
+        f"PPO loss of {largest} tokens, forward and backward, {head}. Active: share of action tokens; live: share of "
+        "those with an advantage. Extra memory beyond inputs and gradients where all are active and live. Written by "
+        f"`bench/kernels.py` {provenance(result)}.\n"
     )
 
 
@@ -92,25 +104,33 @@ def step_summary(step: Result, trainer_only: Result) -> str:
     """Return useful tokens per second of whole steps, then of the trainers alone on the same frozen rollouts."""
     rows = []
     for case in step["cases"]:
-        ours, theirs = case.get("best_of_ours"), case.get("best_of_trl")
-        rates = [case["rows"][name]["useful_tokens_per_s"] if name else None for name in (ours, theirs)]
-        rows.append([f"whole step, {case['workload']}", *_rates(*rates)])
+        ours, theirs = (_speed(case, case.get(f"best_of_{who}")) for who in ("ours", "trl"))
+        rows.append([f"whole step, {case['workload']}", *_compared(ours, theirs)])
     for case in trainer_only["cases"]:
         entries = case["rows"]
         if all(entries[name]["status"] == "measured" for name in ("ours", "trl")):
             rates = [case["batch"]["action_tokens"] / entries[name]["median_s"] for name in ("ours", "trl")]
-            rows.append([f"update alone, {case['name']}", *_rates(*rates)])
-    titles = ["", "spear-fast, tokens/s", "TRL's best row, tokens/s", "ratio"]
+            rows.append([f"update alone, {case['name']}", *_compared(("", rates[0]), ("", rates[1]))])
+    titles = ["", "spear-fast, tokens/s", "TRL, tokens/s", "ratio"]
+    written = f"Written by `bench/step.py` {provenance(step)}, and by `bench/trainer_only.py`"
+    same = provenance(step) == provenance(trainer_only)
     return (
-        f"{_table(titles, rows)}\nAction tokens per second of wall time; equal tokens, lengths and losses, gradients "
-        "equal to float tolerance. Written by `bench/step.py` and `bench/trainer_only.py` "
-        f"{provenance(step)}. On a GPU other parts dominate: these ratios say nothing about one.\n"
+        f"{_table(titles, rows)}\nAction tokens per second of wall time, for each trainer its best row: equal tokens, "
+        "lengths and loss; in the updates alone gradients are equal to float tolerance. "
+        f"{written}{'' if same else ' ' + provenance(trainer_only)}. On a GPU other parts dominate: these ratios say "
+        "nothing about one.\n"
     )
 
 
-def _rates(ours: float | None, theirs: float | None) -> list[str]:
-    shown = ["not measured" if rate is None else f"{rate:.0f}" for rate in (ours, theirs)]
-    return [*shown, f"{ours / theirs:.2f}" if ours and theirs else ""]
+def _speed(case: Result, name: str | None) -> tuple[str, float] | None:
+    return None if name is None else (step_table.WHAT_THEY_ARE[name], case["rows"][name]["useful_tokens_per_s"])
+
+
+def _compared(ours: tuple[str, float] | None, theirs: tuple[str, float] | None) -> list[str]:
+    def shown(speed: tuple[str, float] | None) -> str:
+        return "not measured" if speed is None else f"{speed[1]:.0f}{f' ({speed[0]})' if speed[0] else ''}"
+
+    return [shown(ours), shown(theirs), f"{ours[1] / theirs[1]:.2f}" if ours and theirs else ""]
 
 
 def with_provenance(script: str, table: Callable[[Result], str]) -> Callable[[Result], str]:
@@ -126,6 +146,17 @@ DETAILS: dict[str, Callable[[Result], str]] = {
     "replay": with_provenance("replay", replay.markdown),
 }
 """The tables of docs/performance.md by the name of their result file."""
+
+
+def gpu_state(folders: list[Path]) -> str:
+    """Return a sentence on what GPUs were measured, and the whole loss on each at its largest case."""
+    if not folders:
+        return "**On GPUs nothing is measured yet.**\n"
+    parts = [f"On GPUs: {', '.join(folder.name for folder in folders)}.\n"]
+    for folder in folders:
+        for path in sorted(folder.glob("kernels-shares-*.json")):
+            parts.append(kernel_summary(json.loads(path.read_text(encoding="utf-8"))))
+    return "\n".join(parts)
 
 
 def gpu_part(folders: list[Path]) -> str:

@@ -56,6 +56,7 @@ def _parts(page: str) -> dict[str, Callable[[], str]]:
     return {
         "quickstart-results": lambda: page_parts.quickstart_table(cpu["quickstart"](), cpu["quickstart_vllm"]()),
         "quickstart-output": lambda: page_parts.fenced(_text("cpu/quickstart.txt")),
+        "gpu-state": lambda: page_parts.gpu_state(_gpu_folders()),
         "step-summary": lambda: page_parts.step_summary(cpu["step"](), cpu["trainer_only"]()),
         "kernels-summary": lambda: page_parts.kernel_summary(cpu["kernels"]()),
         "test-output": lambda: page_parts.fenced(_text("cpu/tests.txt")),

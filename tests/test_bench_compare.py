@@ -17,7 +17,7 @@ MACHINE = {"processor": "P", "cores": 2, "gpus": [], "commit": "abc"}
 
 def result() -> dict[str, Any]:
     def rows(seconds: float) -> dict[str, Any]:
-        measured = {"status": "measured", "median_s": seconds, "times_s": [seconds], "peak_extra_bytes": 100}
+        measured = {"status": "measured", "median_s": seconds, "times_s": [seconds], "peak_extra_bytes": 100 << 20}
         return {"ours": measured, "theirs": {"status": "not installed", "reason": "No module named 'theirs'"}}
 
     cases = [{"title": f"N {n}", "num_rows": n, "contenders": rows(n / 1000)} for n in (128, 256)]
@@ -45,7 +45,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], int]] = {
     "noise": (lambda new: ours(new).update(median_s=0.256 * 1.09), 0),
     "faster": (lambda new: ours(new).update(median_s=0.01), 0),
     "slower": (lambda new: ours(new).update(median_s=0.256 * 1.11), 1),
-    "larger": (lambda new: ours(new).update(peak_extra_bytes=111), 1),
+    "larger": (lambda new: ours(new).update(peak_extra_bytes=111 << 20), 1),
+    "no memory at all": (lambda new: ours(new).update(peak_extra_bytes=0), 0),
     "NaN": (lambda new: ours(new).update(median_s=float("nan")), 1),
     "refused": (lambda new: new["cases"][0]["contenders"].update(ours={"status": "refused", "reason": "wrong"}), 1),
     "a case gone": (lambda new: new["cases"].pop(), 1),
@@ -63,6 +64,15 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], int]] = {
 def test_status_tells_what_got_worse(run: Callable[..., int], name: str) -> None:
     change, status = CHANGES[name]
     assert run(change) == status
+
+
+def test_memory_counts_from_nothing_beyond_what_pages_make() -> None:
+    def row(old: float, new: float) -> compare.Row:
+        return compare.Row("", "peak_extra_bytes", old, new)
+
+    assert not row(0, 1 << 20).is_worse(0.1) and row(0, 2 << 20).is_worse(0.1)
+    assert row(0, 1).ratio == float("inf") and row(0, 0).ratio == 1
+    assert not row(100, 500).is_worse(0.1)
 
 
 def test_tolerance_and_place_narrow_it(run: Callable[..., int]) -> None:
@@ -90,6 +100,8 @@ def test_files_that_cannot_be_compared(run: Callable[..., int], tmp_path: Path, 
     assert run(lambda new: new.update(machine={**MACHINE, "gpus": [{"name": "G"}]})) == 2
     assert "--across-machines" in capsys.readouterr().err
     assert run(lambda new: new.update(machine={**MACHINE, "gpus": [{"name": "G"}]}), "--across-machines") == 0
+    assert run(lambda new: new["settings"].update(size="tiny")) == 2
+    assert "size: None and tiny" in capsys.readouterr().err
     assert run(lambda new: new.update(cases=[])) == 2
     (tmp_path / "broken").write_text("{")
     for path in ("broken", "absent"):

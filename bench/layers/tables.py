@@ -99,7 +99,7 @@ def markdown(result: Record) -> str:
             of_head = [case for case in cases if _head(case) == head]
             parts += [f"**{title}**{f', {head}' if head else ''}", ""]
             parts += _by_variant(of_head) if of_head[0]["variant"] else _by_size(of_head)
-            parts += [_absent(of_head), ""]
+            parts += [absent(of_head), ""]
     return "\n".join(part for part, after in zip(parts, [*parts[1:], "x"], strict=True) if part or after).strip() + "\n"
 
 
@@ -182,7 +182,7 @@ def _time_and_share(entry: Record | None, share: bool = True) -> str:
     return milliseconds(entry["median_s"]) + shown
 
 
-def _absent(cases: list[Record]) -> str:
+def absent(cases: list[Record]) -> str:
     reasons: dict[str, str] = {}
     for case in cases:
         for name, entry in case["contenders"].items():
