@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.common import random_policy
+from bench.common.failures import NeedsCuda
 from bench.common.machine import describe_machine
+from bench.common.result_file import write_json
 from bench.freeze import GATE, KINDS, SHAPES, freeze, scorer
 from bench.updates.frozen import Frozen, FrozenError, describe, read
 from bench.updates.gate import TOLERANCE
@@ -31,7 +33,7 @@ from bench.updates.ours import OurTrainer
 from bench.updates.shared_losses import LOSSES
 from bench.updates.tables import print_case
 from bench.updates.trl_trainer import TrlTrainer
-from bench.updates.turns import REFERENCE, Build, NeedsCuda, Turns, compare, fitting, measure
+from bench.updates.turns import REFERENCE, Build, Turns, compare, fitting, measure
 from spear_fast.errors import SpearError
 from spear_fast.update.model import silence_progress_bars
 
@@ -106,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
                 result["cases"].append(case)
                 print_case(case)
                 result["settings"]["wall_s"] = time.monotonic() - started
-                _write(result, args.out)
+                write_json(result, args.out)
     failed = [case for case in result["cases"] if not _is_right(case)]
     return int(bool(failed))
 
@@ -160,12 +162,6 @@ def _plan(
         if args.all_losses:
             plan.append((frozen, [name for name in LOSSES if name not in args.losses], False))
     return plan
-
-
-def _write(result: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _is_right(case: dict[str, Any]) -> bool:

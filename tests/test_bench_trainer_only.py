@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from bench import trainer_only
 from bench.common import random_policy
+from bench.common.failures import NeedsCuda
 from bench.freeze import GATE, KINDS, SHAPES, freeze, scorer
 from bench.updates import tables as trainer_tables
 from bench.updates.frozen import Frozen, FrozenError, describe, from_rows, read, write
@@ -24,7 +25,7 @@ from bench.updates.gate import complaint, distances
 from bench.updates.job import Gradients, Job
 from bench.updates.ours import OurTrainer
 from bench.updates.shared_losses import LOSSES
-from bench.updates.turns import NeedsCuda, Turns, compare, measure
+from bench.updates.turns import Turns, compare, measure
 
 VOCAB = 1024
 ROUNDING = 2e-5
@@ -192,7 +193,7 @@ def test_the_benchmark_runs_and_says_what_it_measured(tmp_path, capsys):
 
 
 class FakeTrainer:
-    """Stands for a trainer; `log` collects which one took which number of steps."""
+    """Stands for a trainer, the faster the slower its first step; `log` collects who took how many steps."""
 
     def __init__(self, name: str, gradient: float, seconds: float, log: list[tuple[str, int]]) -> None:
         self.settings: dict[str, Any] = {}
@@ -205,7 +206,8 @@ class FakeTrainer:
         if self._seconds < 0:
             raise MemoryError("too large")
         self._log.append((self._name, count))
-        return [{"gradients": 0.5 * self._seconds, "optimizer": 0.1, "total": self._seconds}] * count
+        totals = [10 - self._seconds, *[self._seconds] * (count - 1)]
+        return [{"gradients": 0.5 * total, "optimizer": 0.1, "total": total} for total in totals]
 
     def score(self) -> float:
         return 0.1
@@ -238,7 +240,7 @@ def test_only_rows_that_agree_are_timed_in_turns_with_their_best_batch_size(fold
         "elsewhere": "needs CUDA",
     }  # fmt: skip
     measure(job, builds, entries, Turns(rounds=2, repeats=2, batch_sizes=(1, 2, 3, 4)))
-    assert log == [("trl 1", 1), ("trl 2", 1), ("ours", 3), ("trl 2", 3), ("trl 2", 3), ("ours", 3)]
+    assert log == [("trl 1", 2), ("trl 2", 2), ("ours", 3), ("trl 2", 3), ("trl 2", 3), ("ours", 3)]
     assert "too large" in entries["trl"]["tried_batch_sizes"]["4"]
     assert entries["ours"]["speedup"] == 3.0 and entries["ours"]["times_s"] == [1.0] * 4
     assert "median_s" not in entries["wrong"] and "gradient off by 0.1" in entries["wrong"]["reason"]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from bench.common.failures import failed_row
 from bench.updates.frozen import Frozen
 from bench.updates.gate import complaint, distances
 from bench.updates.job import Gradients, Job, Phases, Trainer, restored_module
@@ -23,10 +24,6 @@ REFERENCE = "trl"
 """The row whose gradients and times the others are compared with."""
 UNSIZED = ("ours",)
 """Rows that have no batch size, since they fill micro-batches by tokens."""
-
-
-class NeedsCuda(Exception):
-    """A row was not tried, since it cannot run on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,8 @@ def attempt(entry: Entry, work: Callable[[], T]) -> T | None:
     """`work()`; if it fails, None, and the entry says so: one row's failure must not end the others."""
     try:
         return work()
-    except ImportError as error:
-        entry |= {"status": "not installed", "reason": str(error)}
-    except NeedsCuda as error:
-        entry |= {"status": "needs CUDA", "reason": str(error)}
     except Exception as error:  # other projects may fail in any way
-        entry |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".strip()[:500]}
+        entry |= failed_row(error)
     return None
 
 
@@ -140,14 +133,14 @@ def _turn(trainer: Trainer, entry: Entry, device: str, repeats: int) -> list[Pha
 
 
 def _best_size(job: Job, build: Build, sizes: Sequence[int], entry: Entry, name: str) -> int:
-    """The batch size with the fastest step; the times of all, or why one failed, go to the entry."""
+    """The batch size with the fastest second step (the first is cold); times, or why one failed, go to the entry."""
     if len(sizes) == 1 or name in UNSIZED:
         return sizes[-1]
     tried: dict[int, float] = {}
     entry["tried_batch_sizes"] = {}
     for size in sizes:
         failure: Entry = {}
-        steps = attempt(failure, lambda size=size: use(build, job, size, lambda one: one.steps(1)))
+        steps = attempt(failure, lambda size=size: use(build, job, size, lambda one: one.steps(2)[1:]))
         if steps:
             tried[size] = steps[0]["total"]
         entry["tried_batch_sizes"][str(size)] = steps[0]["total"] if steps else failure["reason"]
