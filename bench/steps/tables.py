@@ -64,5 +64,5 @@ def _cells(case: dict[str, Any], name: str) -> list[str]:
 
 
 def _why(row: dict[str, Any]) -> str:
-    first = str(row["why"]).splitlines()[0]
+    first = str(row["reason"]).splitlines()[0]
     return f"{row['status']}: {first if len(first) <= 160 else first[:157] + '...'}"

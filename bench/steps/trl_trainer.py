@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
 
+from bench.common.failures import NeedsCuda
 from bench.steps.contender import CLIP, LEARNING_RATE, Opening, StepReport, Turn, device_of, script_of
 from bench.steps.phases import PhaseClock
 from bench.steps.workloads import Script, TrainedRow, World, reward_of
@@ -25,6 +26,8 @@ MOST_STEPS = 1_000_000
 
 def run_trl(opening: Opening, turn: Turn, folder: Path) -> None:
     """Train on the opening's workload step by step; see `contender.run`."""
+    if opening.liger and opening.device == "cpu":
+        raise NeedsCuda("Liger's layers are Triton kernels")
     script = script_of(opening)
     trainer = make_trainer(opening, script, folder)
     clock = PhaseClock(device_of(opening))

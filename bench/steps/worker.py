@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
+from bench.common.failures import failed_row
 from bench.common.machine import ROOT
 from bench.steps.contender import Opening, StepReport, run
 
@@ -26,7 +27,15 @@ OPEN, STEP, CLOSE = "open", "step", "close"
 
 
 class WorkerError(Exception):
-    """A trainer could not be made or failed; the text is for the table."""
+    """A trainer could not be made or failed; text and `status` are for the table."""
+
+    def __init__(self, reason: str, status: str = "failed") -> None:
+        super().__init__(reason)
+        self.status = status
+
+    def row(self) -> dict[str, str]:
+        """What the result file says of it."""
+        return {"status": self.status, "reason": str(self)}
 
 
 class WorkerLostError(WorkerError):
@@ -78,8 +87,8 @@ class Worker:
         except BrokenPipeError:
             raise WorkerLostError(self._last_words()) from None
         answer = json.loads(self._line())
-        if "error" in answer:
-            raise WorkerError(answer["error"])
+        if "reason" in answer:
+            raise WorkerError(answer["reason"], answer["status"])
         return answer
 
     def _line(self) -> bytes:
@@ -113,14 +122,15 @@ def serve(commands: TextIO, answers: TextIO) -> None:
 
     for line in iter(commands.readline, ""):
         opening = Opening(**json.loads(line)[OPEN])
+        last: dict[str, Any] = {}
         try:
             with tempfile.TemporaryDirectory() as folder:
                 run(opening, turn, Path(folder))
         except Exception as error:
-            answer({"error": f"{type(error).__name__}: {error}"})
-        else:
-            answer({})
+            last = failed_row(error)
+        # Before the answer, upon which another process may ask for the memory, and once no exception holds it.
         _free()
+        answer(last)
 
 
 def _free() -> None:

@@ -101,6 +101,14 @@ class Script:
         """Tokens of all messages: what a step trains on."""
         return sum(len(turn) for group in self.turns for turns in group for turn in turns)
 
+    def digest(self) -> str:
+        """SHA-256 over the tokens that a step trains on, by prompt and sample."""
+        return _hash(
+            [prompt, sample, [token for turn in turns for token in turn]]
+            for prompt, group in enumerate(self.turns)
+            for sample, turns in enumerate(group)
+        )
+
     def longest(self) -> int:
         """No trajectory has more tokens, prompt and observations included."""
         answer = max(len(self._tokenizer.encode(words_of(str(key)))) for key in range(64)) + RENDERED_TOKENS
@@ -213,11 +221,18 @@ class TrainedRow:
     advantage: float
 
 
-def digest(rows: Iterable[TrainedRow], *, only_lengths: bool = False) -> str:
-    """SHA-256 over places, tokens and masks in the order of places; with `only_lengths` over how many there are."""
-    total = hashlib.sha256()
-    for row in sorted(rows, key=lambda row: (row.prompt, row.sample)):
-        tokens = [len(row.tokens)] if only_lengths else list(row.tokens)
-        mask = [sum(row.mask)] if only_lengths else [int(bit) for bit in row.mask]
-        total.update(json.dumps([row.prompt, row.sample, tokens, mask]).encode())
-    return total.hexdigest()
+def digest(rows: Iterable[TrainedRow]) -> str:
+    """SHA-256 over places, tokens and masks of the rows, whatever their order."""
+    return _hash([row.prompt, row.sample, list(row.tokens), [int(bit) for bit in row.mask]] for row in rows)
+
+
+def digest_of_actions(rows: Iterable[TrainedRow]) -> str:
+    """What `Script.digest` is if the rows' loss is that of the script's messages and of nothing else."""
+    return _hash(
+        [row.prompt, row.sample, [token for token, kept in zip(row.tokens, row.mask, strict=True) if kept]]
+        for row in rows
+    )
+
+
+def _hash(places: Iterable[list[Any]]) -> str:
+    return hashlib.sha256(json.dumps(sorted(places)).encode()).hexdigest()
