@@ -19,11 +19,14 @@ def main() -> None:
     parser.add_argument("result", type=Path, help="what bench/kernels.py --out wrote")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    print(*draw(json.loads(args.result.read_text(encoding="utf-8")), args.folder), sep="\n")
+    result = json.loads(args.result.read_text(encoding="utf-8"))
+    print(*draw(result, args.folder, args.result.stem), sep="\n")
 
 
-def draw(result: Record, folder: Path) -> list[Path]:
-    """Write kernels-LEVEL[-HEAD].png, over N where a level has heads, else over its losses or operators; the paths.
+def draw(result: Record, folder: Path, name: str) -> list[Path]:
+    """Write NAME-LEVEL[-HEAD].png, over N where a level has heads, else over its losses or operators; the paths.
+
+    `name` is that of the result file without its ending, so that several files can be drawn into one folder.
 
     Raises:
         SystemExit: matplotlib is not installed.
@@ -38,12 +41,12 @@ def draw(result: Record, folder: Path) -> list[Path]:
     groups: dict[str, list[Record]] = {}
     for case in result["cases"]:
         head = f"-h{case['hidden_size']}" if "hidden_size" in case else ""
-        groups.setdefault(f"kernels-{case['level']}{head}", []).append(case)
+        groups.setdefault(f"{name}-{case['level']}{head}", []).append(case)
     paths = []
-    for name, cases in groups.items():
+    for title, cases in groups.items():
         figure = _over_variants(cases) if cases[0]["variant"] else _over_sizes(cases)
         figure.suptitle(_title(cases[0], result), fontsize="medium")
-        paths.append(folder / f"{name}.png")
+        paths.append(folder / f"{title}.png")
         figure.savefig(paths[-1], dpi=110, bbox_inches="tight")
     return paths
 

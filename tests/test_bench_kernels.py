@@ -14,13 +14,13 @@ import torch
 
 from bench import plots
 from bench.common import machine
-from bench.common.measure import alternate, resident_peak, run_step
 from bench.layers import command
 from bench.layers.contenders import OWN, Contender, Outcome, actions_of, clipped_loss, loss_of_actions, naive
 from bench.layers.gate import gate_problem, truth_of
 from bench.layers.head_levels import HeadLevel
-from bench.layers.level import Case
+from bench.layers.level import Case, CopyFloor
 from bench.layers.levels import LEVELS
+from bench.layers.measure import Prepared, alternate, resident_peak, run_step
 from bench.layers.measured_case import Bench, gated, run_case
 from bench.layers.memory import peak_of
 from bench.layers.problems import HEADS, NO_HEAD, Head, Shape, loss_flops, make_problem, recompute_flops
@@ -304,9 +304,16 @@ def test_end_to_end(tmp_path, capsys):
             assert name in shown
             assert name in ("floor", "copy") or entry["errors"]["logp_p99"] < 1e-4
     assert "linear_policy_loss" in capsys.readouterr().out
-    (path,) = plots.draw({**result, "cases": result["cases"][:1]}, tmp_path)
-    assert path.name == "kernels-hidden-h64.png"
+    (path,) = plots.draw({**result, "cases": result["cases"][:1]}, tmp_path, "kernels-shares-x")
+    assert path.name == "kernels-shares-x-hidden-h64.png"
     assert path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("name", "code"), [("naive_compiled", 0), ("trl", 0), ("linear_logprob", 1)])
+def test_only_operators_of_this_project_decide_the_exit_status(monkeypatch, name, code):
+    monkeypatch.setattr(command, "run_case", lambda case, bench: {"contenders": {name: {"status": "failed"}}})
+    monkeypatch.setattr(command, "print_case", lambda record: None)
+    assert command.main(["--suite", "tiny", "--no-memory"]) == code
 
 
 def test_every_suite_names_cases_that_exist():
@@ -380,6 +387,37 @@ def test_turns_alternate():
     times = alternate({name: recorded(name) for name in "ab"}, problems, 3, backward=True)
     assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 0), ("b", 0)]
     assert all(len(taken) == 3 for taken in times.values())
+
+
+def test_inputs_of_another_project_are_made_once_and_before_the_clock():
+    made, order = [], []
+    problems = make_problem(Shape(HEAD, 256), CPU).rotated(2)
+    step = Prepared(
+        made.append, lambda given, inputs: order.append((problems.index(given), len(made))) or Outcome(None)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.layers.measure.run_step", lambda step, given, backward: order.append(len(made)))
+        alternate({"a": step}, problems, 1, backward=True)
+    assert made == problems[:1] and order == [1]
+    order.clear()
+    alternate({"a": step}, problems, 4, backward=True)
+    assert made == problems and [index for index, _ in order] == [0, 1, 0, 1]
+
+
+def test_the_copy_takes_turns_with_buffers_that_exceed_the_cache_twice(monkeypatch):
+    seen = []
+    problem = LEVELS["policy"].problem(small_case("policy", "ppo"), CPU, 0)
+    for cache, turns in ((0, 1), (100_000, 12)):
+        monkeypatch.setattr("bench.layers.level.cache_bytes", lambda device, cache=cache: cache)
+        floor = CopyFloor(CPU)
+        monkeypatch.setattr(torch.Tensor, "copy_", lambda target, source: seen.append((target, source)))
+        for _ in range(2 * turns):
+            floor(problem)
+        monkeypatch.undo()
+        assert len({tensor.data_ptr() for pair in seen for tensor in pair}) == 2 * turns
+        assert sum(target.nbytes + source.nbytes for target, source in seen) / 2 > 2 * cache
+        assert all(target.nbytes == source.nbytes == 17 * 1024 // 2 for target, source in seen)
+        seen.clear()
 
 
 def test_rotated_problems_are_equal_and_apart():

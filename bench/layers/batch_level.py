@@ -11,6 +11,7 @@ from bench.layers.batch_problems import EPSILON, GAMMA, GROUP, NAIVE, NGRAM, OWN
 from bench.layers.contenders import COMPILER, Contender, Outcome, Step, compiled
 from bench.layers.gate import relative_distance
 from bench.layers.level import Case, CopyFloor
+from bench.layers.measure import Prepared
 from bench.layers.peers import TRL
 from bench.layers.problems import NO_HEAD, Shape
 from bench.layers.verl_alone import VERL, import_verl
@@ -122,14 +123,16 @@ def _verl_grpo(name: str) -> Any:
     def build(device: torch.device) -> Step:
         function = getattr(import_verl("verl.trainer.ppo.core_algos"), name)
 
-        def step(problem: BatchProblem) -> Outcome:
+        def make(problem: BatchProblem) -> Any:
+            return problem.tensors["groups"].cpu().numpy()  # Its trainer keeps labels in a numpy array.
+
+        def step(problem: BatchProblem, groups: Any) -> Outcome:
             t, shape = problem.tensors, problem.shape
             mask = t["mask"].view(shape.num_seqs, shape.seq_len)
-            groups = t["groups"].cpu().numpy()  # Its trainer keeps labels in a numpy array.
             advantages, _ = function(t["token_rewards"], mask, groups, EPSILON)
             return Outcome(None, values=(advantages.view(-1),))
 
-        return step
+        return Prepared(make, step)
 
     return build
 

@@ -48,7 +48,7 @@ class HeadLevel:
         return truth_of(problem, problem.objective if objective == "loss" else objective, max_rows)
 
     def errors(self, outcome: Outcome, problem: Problem, truth: Truth) -> dict[str, float]:
-        """See `bench.gate.errors_of`."""
+        """See `bench.layers.gate.errors_of`."""
         return errors_of(outcome, problem, truth)
 
     def least_work(self, contender: Contender, problem: Problem, backward: bool) -> tuple[int, int]:

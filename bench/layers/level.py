@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Protocol
 
 import torch
 
 from bench.layers.contenders import Contender, Inputs, Outcome
+from bench.layers.measure import cache_bytes
 from bench.layers.problems import Shape
+
+ALIGNMENT = 512
+"""Bytes, of the beginning of every buffer, as an allocator would place them."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +96,30 @@ class CountedInputs(Inputs, Protocol):
 
 
 class CopyFloor:
-    """A copy of as many bytes as the level needs at least, half of them read: what memory alone allows."""
+    """A copy of as many bytes as the level needs at least, half of them read: what memory alone allows.
+
+    On CUDA it takes turns with pairs of buffers that exceed the second-level cache twice, as the others take turns with
+    copies of their inputs.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._size = 0
+        self._pairs: Iterator[tuple[torch.Tensor, torch.Tensor]] = iter(())
 
     def __call__(self, problem: CountedInputs) -> Outcome:
         """Copy; the buffers stay for the next call of the same size."""
         size = max(1, problem.least_bytes(torch.is_grad_enabled()) // 2)
-        if size not in self._buffers:
-            source = torch.zeros(size, dtype=torch.uint8, device=self._device)
-            self._buffers = {size: (source, torch.empty_like(source))}
-        source, target = self._buffers[size]
+        if size != self._size:
+            self._size, self._pairs = size, cycle(self._make(size))
+        source, target = next(self._pairs)
         target.copy_(source)
         return Outcome(None)
+
+    def _make(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Sources and targets, uint8 [size], as many as exceed the cache twice together; one pair on the CPU."""
+        stride = -(-size // ALIGNMENT) * ALIGNMENT
+        count = cache_bytes(self._device) // stride + 1
+        source = torch.zeros(count, stride, dtype=torch.uint8, device=self._device)
+        target = torch.empty_like(source)
+        return [(source[row, :size], target[row, :size]) for row in range(count)]

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from bench.common.machine import package_version
-from bench.common.measure import alternate, clear_gradients, copies_for_cache, run_step
 from bench.layers.contenders import Contender, Step
 from bench.layers.gate import complaint
 from bench.layers.level import Case, contenders_of
 from bench.layers.levels import LEVELS
+from bench.layers.measure import alternate, clear_gradients, copies_for_cache, run_step
 from bench.layers.memory import peak_of
 
 # Rows whose log-probs and gradients are compared with float64 at the measured size.

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from bench.common.machine import ROOT
-from bench.common.measure import clear_gradients, cuda_peak, resident_peak, run_step
 from bench.layers.contenders import Contender, Step
 from bench.layers.level import Case
 from bench.layers.levels import LEVELS
+from bench.layers.measure import clear_gradients, cuda_peak, prepare, resident_peak, run_step
 
 PATIENCE_S = 300
 """How long a process may take for a compilation and two steps."""
@@ -99,4 +99,5 @@ def resident_peak_of(name: str, case: Case, seed: int) -> int:
     if contender.compiled:
         run_step(step, problem, level.has_backward)
         clear_gradients(problem)
+    prepare(step, problem)
     return resident_peak(lambda: run_step(step, problem, level.has_backward))

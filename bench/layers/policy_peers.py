@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bench.layers.contenders import Contender, Outcome, Step
+from bench.layers.measure import Prepared
 from bench.layers.peers import TRL
 from bench.layers.policy_problems import TokenProblem
 from bench.layers.verl_alone import VERL, actor_config, import_verl
@@ -21,14 +22,18 @@ VERL_NAMES = {"ppo": "vanilla"}
 def _verl(device: torch.device) -> Step:
     losses = import_verl("verl.trainer.ppo.core_algos")
 
-    def step(problem: TokenProblem) -> Outcome:
+    def make(problem: TokenProblem) -> tuple[Any, Any]:
         function = losses.get_policy_loss_fn(VERL_NAMES.get(problem.cfg.kind, problem.cfg.kind))
+        return function, _verl_config(problem)
+
+    def step(problem: TokenProblem, made: tuple[Any, Any]) -> Outcome:
+        function, config = made
         tensors = (problem.old_logp, problem.logp, problem.advantages, problem.mask)
         padded = (problem.by_sequence(tensor) for tensor in tensors)
-        loss, _ = function(*padded, loss_agg_mode=problem.cfg.aggregation, config=_verl_config(problem))
+        loss, _ = function(*padded, loss_agg_mode=problem.cfg.aggregation, config=config)
         return Outcome(loss)
 
-    return step
+    return Prepared(make, step)
 
 
 def _verl_config(problem: TokenProblem) -> Any:
@@ -53,9 +58,7 @@ def _verl_config(problem: TokenProblem) -> Any:
 def _trl(device: torch.device) -> Step:
     compute = importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer._compute_loss
 
-    def step(problem: TokenProblem) -> Outcome:
-        logp = problem.by_sequence(problem.logp)
-        trainer = _trl_trainer(problem, (logp, torch.zeros_like(logp), None))
+    def make(problem: TokenProblem) -> tuple[dict[str, Any], torch.Tensor]:
         mask = problem.by_sequence(problem.mask).long()
         ids = torch.zeros_like(mask)
         inputs = {
@@ -65,11 +68,16 @@ def _trl(device: torch.device) -> Step:
             "completion_mask": mask,
             "advantages": problem.by_sequence(problem.advantages)[:, 0],
             "old_per_token_logps": problem.by_sequence(problem.old_logp),
-            "num_items_in_batch": torch.tensor(problem.num_active, device=logp.device),
+            "num_items_in_batch": torch.tensor(problem.num_active, device=problem.device),
         }
+        return inputs, torch.zeros(mask.shape, device=problem.device)
+
+    def step(problem: TokenProblem, made: tuple[dict[str, Any], torch.Tensor]) -> Outcome:
+        inputs, entropies = made
+        trainer = _trl_trainer(problem, (problem.by_sequence(problem.logp), entropies, None))
         return Outcome(compute(trainer, None, inputs))
 
-    return step
+    return Prepared(make, step)
 
 
 def _trl_trainer(problem: TokenProblem, scores: tuple[Any, ...]) -> Any:

@@ -7,6 +7,8 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -16,6 +18,33 @@ MAX_COPIES = 64
 # Rounds before the timed ones; on the CPU the run that checks the result is the warm-up of steps that take long.
 WARM_UP = {"cpu": 0, "cuda": 3}
 SHORT_WARM_UP = 2
+
+
+class Prepared:
+    """A step of another project: what its trainer holds in a form of its own is made once per problem, untimed.
+
+    `make` returns these inputs, which must not hold the problem itself; `step` is given the problem and them.
+    """
+
+    def __init__(self, make: Callable[[Any], Any], step: Callable[[Any, Any], Outcome]) -> None:
+        self._make, self._step = make, step
+        self._made: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    def prepare(self, problem: Any) -> None:
+        """Make the inputs, unless they are there."""
+        if problem not in self._made:
+            self._made[problem] = self._make(problem)
+
+    def __call__(self, problem: Any) -> Outcome:
+        """Run the step."""
+        self.prepare(problem)
+        return self._step(problem, self._made[problem])
+
+
+def prepare(step: Step, problem: Inputs) -> None:
+    """Make what a `Prepared` step needs, before a clock or a memory probe starts."""
+    if isinstance(step, Prepared):
+        step.prepare(problem)
 
 
 def run_step(step: Step, problem: Inputs, backward: bool = True) -> Outcome:
@@ -38,16 +67,18 @@ def clear_gradients(problem: Inputs) -> None:
 
 def copies_for_cache(problem: Inputs) -> int:
     """How many copies of the per-token inputs exceed the second-level cache of a CUDA device twice; 1 on the CPU."""
-    device = problem.device
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(MAX_COPIES, -(-2 * cache // max(1, problem.rotating_bytes))))
+    return max(1, min(MAX_COPIES, -(-2 * cache_bytes(problem.device) // max(1, problem.rotating_bytes))))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the second-level cache of a CUDA device; 0 on the CPU, where nothing takes turns."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 def seconds(step: Step, problem: Inputs, backward: bool) -> float:
     """Duration of one step: CUDA events there, the wall clock on the CPU."""
     clear_gradients(problem)
+    prepare(step, problem)
     if problem.device.type != "cuda":
         started = time.perf_counter()
         run_step(step, problem, backward)
@@ -87,6 +118,7 @@ def alternate(
 def cuda_peak(step: Step, problem: Inputs, backward: bool = True) -> int:
     """Bytes that a step adds to what is allocated, at its peak, gradients included."""
     clear_gradients(problem)
+    prepare(step, problem)
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
