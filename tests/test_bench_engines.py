@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -129,30 +131,83 @@ def test_wrong_answers_get_no_speed(model, change, reason):
 
 def test_the_rollout_benchmark_runs_and_says_what_is_missing(tmp_path, no_vllm):
     arguments = ["--suite", "tiny", "--repeats", "1", "--out", str(tmp_path / "rollout.json")]
-    rollout.main(arguments)
+    assert rollout.main(arguments) == 0
     result = json.loads((tmp_path / "rollout.json").read_text())
     *workloads, collector = result["cases"]
     assert [case["name"] for case in workloads] == [load.name for load in SUITES["tiny"].workloads]
     for case in workloads:
         assert list(case["rows"]) == list(rollout.NAMES)
         for name, row in case["rows"].items():
-            assert row["status"] == ("missing" if "vllm" in name else "measured"), row
+            assert row["status"] == ("not installed" if "vllm" in name else "measured"), row
         for name in ("hf", "transformers"):
             assert case["rows"][name]["gap_max_nats"] < 1e-4
     assert workloads[3]["rows"]["hf"]["tokens"] == 3 * 2 * 3
     # Eight turns of 32 tokens in each episode, unless the game ends before.
     assert 0 < collector["rows"]["scripted"]["tokens"] <= collector["rows"]["scripted"]["episodes"] * 8 * 32
-    assert "| vllm | missing |" in rollout.markdown(result)
+    shown = rollout.markdown(result)
+    assert "| vllm | not installed |" in shown
+    reason = "No figure: vllm, vllm-process, vllm-direct (not installed: `MissingDependencyError"
+    assert shown.count(reason) == len(workloads)
+
+
+def test_a_check_that_cannot_be_made_refuses_the_row_and_asks_for_some_conversations_only(model):
+    asked = []
+
+    class Full(TransformersGenerate):
+        def run(self, conversations, *, logps):
+            if logps:
+                asked.append(len(conversations))
+                raise torch.OutOfMemoryError("no room")
+            return super().run(conversations, logps=logps)
+
+    load = Workload("many", 40, 3, 2)
+    row = rollout.workload_row(Full(model, 40), load, SUITES["tiny"], model)
+    assert row["status"] == "refused" and row["reason"].endswith("OutOfMemoryError: no room")
+    assert asked == [20] and "median_s" not in row
+
+
+def test_what_was_measured_is_written_before_the_next_contender(tmp_path, monkeypatch):
+    rows_of = rollout.contender_rows
+
+    def stopped(name, *others):
+        if name != "scripted":
+            raise KeyboardInterrupt
+        return rows_of(name, *others)
+
+    monkeypatch.setattr(rollout, "contender_rows", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        rollout.main(["--suite", "tiny", "--repeats", "1", "--out", str(tmp_path / "rollout.json")])
+    found = json.loads((tmp_path / "rollout.json").read_text())
+    assert all(case["rows"]["scripted"]["status"] == "measured" for case in found["cases"])
+
+    run_load = sync.run_load
+    monkeypatch.setattr(
+        sync, "run_load", lambda load, *others: stopped("") if load.tied is False else run_load(load, *others)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        sync.main(["--suite", "tiny", "--repeats", "1", "--engines", "hf", "--out", str(tmp_path / "sync.json")])
+    (case,) = json.loads((tmp_path / "sync.json").read_text())["cases"]
+    assert case["rows"]["hf"]["status"] == "measured"
+
+
+def test_the_device_is_waited_for_before_and_after_a_push_finishes(monkeypatch):
+    order = []
+    monkeypatch.setattr(sync, "_wait", lambda device: order.append(device.type))
+    engine: Any = SimpleNamespace(_cache=SimpleNamespace(clear=lambda: order.append("clear")))
+    with sync.finishing(engine, CPU) as seconds:
+        engine._cache.clear()
+    engine._cache.clear()
+    assert order == ["cpu", "clear", "cpu", "clear"] and len(seconds) == 1
 
 
 def test_the_sync_benchmark_runs_and_says_what_is_missing(tmp_path, no_vllm):
-    sync.main(["--suite", "tiny", "--repeats", "1", "--out", str(tmp_path / "sync.json")])
+    assert sync.main(["--suite", "tiny", "--repeats", "1", "--out", str(tmp_path / "sync.json")]) == 0
     tied, own = json.loads((tmp_path / "sync.json").read_text())["cases"]
     assert list(tied["rows"]) == ["copy", *(f"{name}{end}" for name in sync.ENGINES for end in ("", ", verified"))]
     assert own["parameters"] - tied["parameters"] == 2048 * 128
     for case, width in ((tied, 4), (own, 2)):
         for name, row in case["rows"].items():
-            assert row["status"] == ("missing" if "vllm" in name else "measured")
+            assert row["status"] == ("not installed" if "vllm" in name else "measured")
             if "vllm" not in name:
                 assert row["bytes"] == width * case["parameters"]
         for row in (case["rows"]["hf"], case["rows"]["hf, verified"]):

@@ -67,7 +67,8 @@ def test_the_whole_benchmark_and_a_storage_that_loses_rows(tmp_path, monkeypatch
 
     monkeypatch.setattr(replay, "measured_apart", measured)
     arguments = ["--trajectories", "320", "--steps", "5", "--draw", "40", "--repeats", "2"]
-    replay.main([*arguments, "--out", str(tmp_path / "replay.json")])
+    out = ["--out", str(tmp_path / "replay.json")]
+    assert replay.main([*arguments, *out]) == 0
     result = json.loads((tmp_path / "replay.json").read_text())
     push = result["cases"][0]["rows"]
     assert list(push) == ["payload copy", *storages(0, 0, 0)]
@@ -77,13 +78,14 @@ def test_the_whole_benchmark_and_a_storage_that_loses_rows(tmp_path, monkeypatch
 
     offer = Ours.push
     monkeypatch.setattr(Ours, "push", lambda self, step: offer(self, step) if step.rows[0].version else None)
-    (case,) = [case for case in replay.main([*arguments, "--only", "ours"])["cases"] if "ours" in case["rows"]][:1]
+    assert replay.main([*arguments, *out, "--only", "ours"]) == 1
+    case = json.loads((tmp_path / "replay.json").read_text())["cases"][0]
     assert case["rows"]["ours"]["status"] == "failed" and "holds" in case["rows"]["ours"]["reason"]
 
 
 def test_rows_that_were_not_measured_say_why():
     missing = cases.unmeasured(MissingDependencyError("vllm", "vllm", "engine.name=vllm"))
-    assert missing["status"] == "missing" and "vllm" in missing["reason"]
+    assert missing["status"] == "not installed" and "vllm" in missing["reason"]
     assert cases.unmeasured(RuntimeError("no"))["status"] == "failed"
     row = cases.measured([2.0, 1.0, 4.0])
     assert (row["median_s"], row["spread"]) == (2.0, 3.0)
@@ -97,9 +99,20 @@ def test_rows_that_were_not_measured_say_why():
     text = cases.markdown_tables(
         result, [("s", cases.number("median_s", ".1f")), ("GB/s", cases.number("rate", ".1f"))]
     )
-    assert text.splitlines()[2:] == ["| | s |", "|---|---|", "| a | 2.0 |", "| b | missing |"]
+    *table, _, reason = text.splitlines()[2:]
+    assert table == ["| | s |", "|---|---|", "| a | 2.0 |", "| b | not installed |"]
+    assert reason == f"No figure: b (not installed: `{missing['reason']}`)."
     for broken in ({"status": "fine"}, {"status": "measured"}, {"status": "failed"}):
         with pytest.raises(ValueError, match="row 'a'"):
             cases.check_result({**result, "cases": [{"name": "c", "rows": {"a": broken}}]})
     with pytest.raises(ValueError, match="settings"):
         cases.check_result({"benchmark": "x", "machine": {}, "cases": []})
+
+
+def test_only_rows_of_peers_may_fail():
+    def result(**rows):
+        return {"cases": [{"name": "c", "rows": {name: {"status": status} for name, status in rows.items()}}]}
+
+    assert not cases.wrong(result(ours="measured", theirs="failed", absent="not installed"), ("theirs",))
+    assert cases.wrong(result(ours="failed", theirs="measured"), ("theirs",))
+    assert cases.wrong(result(floor="refused", theirs="measured"), ("theirs",))

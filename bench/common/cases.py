@@ -1,7 +1,7 @@
-"""Rows of a result file: what was measured, what is missing, what failed; shown as tables and written as JSON.
+"""Rows of a result file: what was measured, what is not installed, what failed; shown as tables and written as JSON.
 
 A result is {"benchmark", "machine", "settings", "cases": [{"name", "rows": {name: row}}]}; a row has a "status"
-("measured", "missing", "failed" or "refused"), and when measured "median_s", "times_s" and "spread".
+("measured", "not installed", "failed" or "refused"), and when measured "median_s", "times_s" and "spread".
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 """A heading, and the cell of a measured row."""
 
-STATUSES = ("measured", "missing", "failed", "refused")
+STATUSES = ("measured", "not installed", "failed", "refused")
 _REASON_CHARS = 300
 _FILE_WIDTH = 120
 
@@ -46,8 +46,13 @@ def measured(times: Sequence[float], **more: Any) -> Row:
 
 def unmeasured(error: Exception) -> Row:
     """The row of a contender that is not installed or that failed."""
-    status = "missing" if isinstance(error, MissingDependencyError | ModuleNotFoundError) else "failed"
-    return {"status": status, "reason": f"{type(error).__name__}: {error}"[:_REASON_CHARS]}
+    status = "not installed" if isinstance(error, MissingDependencyError | ModuleNotFoundError) else "failed"
+    return {"status": status, "reason": shortened(f"{type(error).__name__}: {error}")}
+
+
+def shortened(reason: str) -> str:
+    """As much of a reason as a result file takes."""
+    return reason[:_REASON_CHARS]
 
 
 def refused(reason: str, **more: Any) -> Row:
@@ -67,6 +72,16 @@ def check_result(result: Mapping[str, Any]) -> None:
             needed = {"median_s", "times_s"} if row["status"] == "measured" else {"reason"}
             if not needed <= set(row):
                 raise ValueError(f"case {case['name']!r}, row {name!r} lacks {sorted(needed - set(row))}")
+
+
+def wrong(result: Mapping[str, Any], peers: Collection[str] = ()) -> bool:
+    """Whether a row of this project or a floor failed or was refused; `peers` names the rows of others."""
+    return any(
+        row["status"] in ("failed", "refused")
+        for case in result["cases"]
+        for name, row in case["rows"].items()
+        if name not in peers
+    )
 
 
 def write(result: Mapping[str, Any], file: Path | None) -> None:
@@ -105,7 +120,7 @@ def show(result: Mapping[str, Any], columns: Sequence[Column]) -> None:
 
 
 def markdown_tables(result: Mapping[str, Any], columns: Sequence[Column]) -> str:
-    """Return one table per case for a README; a row without a measurement has its status in the first cell."""
+    """Return one table per case for a README; a row without a measurement has its status, and its reason below."""
     lines: list[str] = []
     for case in result["cases"]:
         used = _used(case, columns)
@@ -115,8 +130,20 @@ def markdown_tables(result: Mapping[str, Any], columns: Sequence[Column]) -> str
             done = row["status"] == "measured"
             cells = [cell(row) for _, cell in used] if done else [row["status"], *[""] * (len(used) - 1)]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", *_reasons(case)]
     return "\n".join(lines)
+
+
+def _reasons(case: Mapping[str, Any]) -> list[str]:
+    """Why rows have no figure, as Markdown lines: rows of one reason together."""
+    names: dict[str, list[str]] = {}
+    for name, row in case["rows"].items():
+        if row["status"] != "measured":
+            # In one line, and nothing of it is markup.
+            reason = " ".join(row["reason"].split()).replace("`", "'")
+            names.setdefault(f"{row['status']}: `{reason}`", []).append(name)
+    listed = "; ".join(f"{', '.join(those)} ({why})" for why, those in names.items())
+    return [f"No figure: {listed}.", ""] if names else []
 
 
 def _used(case: Mapping[str, Any], columns: Sequence[Column]) -> list[Column]:

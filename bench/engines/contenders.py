@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from bench.common.engine_start import ENGINES, EngineSettings, start_engine
 from bench.engines.load import Conversation, Turn
@@ -110,6 +111,30 @@ class _TurnByTurn:
         raise NotImplementedError
 
 
+class _SampledLogps:
+    """A logits processor that notes the log-probs of what is sampled, and holds the scores of one step only."""
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None  # float32 [B, V]
+        self._sampled: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores as they are; `input_ids` ends with what was sampled from the last ones."""
+        self._note(input_ids)
+        self._last = torch.log_softmax(scores.float(), -1)
+        return scores
+
+    def _note(self, ids: Tensor) -> None:
+        if self._last is not None:
+            self._sampled.append(self._last.gather(1, ids[:, -1:]))
+
+    def result(self, ids: Tensor) -> Tensor:
+        """Log-probs of all steps, float32 [B, L] on the CPU, given the finished sequences."""
+        self._note(ids)
+        self._last = None
+        return torch.cat(self._sampled, 1).cpu()
+
+
 class TransformersGenerate(_TurnByTurn):
     """`model.generate` on left-padded batches; each batch runs until its longest message is complete."""
 
@@ -142,7 +167,8 @@ class TransformersGenerate(_TurnByTurn):
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        output = self._model.generate(
+        recorder = _SampledLogps()
+        sequences = self._model.generate(
             input_ids=ids.to(self._model.device),
             attention_mask=mask.to(self._model.device),
             max_new_tokens=max_tokens,
@@ -152,14 +178,9 @@ class TransformersGenerate(_TurnByTurn):
             top_p=1.0,
             pad_token_id=0,
             eos_token_id=None,
-            return_dict_in_generate=True,
-            output_scores=logps,
+            logits_processor=LogitsProcessorList([recorder] if logps else []),
         )
-        tokens = output.sequences[:, width:]
-        if not logps:
-            return tokens.cpu(), None
-        scores = torch.stack([torch.log_softmax(score.float(), -1) for score in output.scores], dim=1)  # [B, L, V]
-        return tokens.cpu(), scores.gather(2, tokens[:, :, None])[:, :, 0].cpu()
+        return sequences[:, width:].cpu(), recorder.result(sequences) if logps else None
 
     def close(self) -> None:
         """See `Contender`; the model is the caller's."""

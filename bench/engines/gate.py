@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 MOST_GAP = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}
 """Mean nats between a contender's log-probs and those of one plain forward pass over the whole conversation."""
 SCORED = 16
-"""Conversations that are scored again, spread over all of them."""
+"""Conversations that are scored again, at least if there are as many, and fewer than twice as many."""
+
+Item = TypeVar("Item")
+
+
+def scored(items: Sequence[Item]) -> Sequence[Item]:
+    """Those of the conversations, or of their answers, that are scored again, spread over all of them."""
+    return items[:: max(1, len(items) // SCORED)]
 
 
 def complaint(conversations: Sequence[Conversation], messages: Sequence[Sequence[Message]]) -> str | None:
@@ -35,7 +42,7 @@ def gap(model: PreTrainedModel, messages: Sequence[Sequence[Message]]) -> dict[s
     Raises ValueError if a message brings no log-probs.
     """
     differences = []
-    for answers in messages[:: max(1, len(messages) // SCORED)]:
+    for answers in messages:
         last = answers[-1]
         ids = torch.tensor([[*last.prompt, *last.tokens]], device=model.device)
         logits: Any = model(input_ids=ids, use_cache=False).logits[0]
