@@ -214,3 +214,27 @@ def test_what_cannot_be_patched_is_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="head of Qwen2ForCausalLM cannot be replaced"):
         patch_trainer(trainer)
     assert type(trainer) is GRPOTrainer
+
+
+def test_a_forward_of_the_heads_own_is_refused_and_nothing_changes(saved: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(GRPOTrainer, saved, tmp_path, loss_type="grpo", beta=0.3)
+    policy, reference = trainer.model.lm_head, trainer.ref_model.lm_head
+    weight, own = policy.weight, reference.forward
+    reference.forward = lambda hidden: own(hidden)
+    with pytest.raises(ConfigError, match="lm_head has hooks of its own"):
+        patch_trainer(trainer)
+    assert type(trainer) is GRPOTrainer and "forward" in vars(reference)
+    # The policy's head came first and was replaced already.
+    assert trainer.model.lm_head is policy and policy.weight is weight and trainer.ref_model.lm_head is reference
+    del reference.forward
+    trainer._compute_loss(trainer.model, batch(seed=1)).backward()
+    assert weight.grad is not None
+
+
+def test_a_float32_head_comes_back_if_another_is_refused(saved: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(GRPOTrainer, saved, tmp_path, loss_type="grpo", beta=0.3, cast_lm_head_to_fp32=True)
+    forward = trainer.model.lm_head.forward
+    trainer.ref_model.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match="has hooks of its own"):
+        patch_trainer(trainer)
+    assert trainer.model.lm_head.forward is forward and "forward" in vars(trainer.ref_model.lm_head)

@@ -20,33 +20,21 @@ from spear_fast.integrations.trl.batches import replay_batches
 from spear_fast.integrations.trl.rollouts import runs
 from spear_fast.types import Group, Row, Task, Trajectory, Turn
 from tests.integrations.trl_toys import (
+    NO_TOOLS,
+    RUN,
     batch,
+    history,
+    named,
     prompts,
     scripted_rollouts,
     settings,
+    spear,
     tiny_model,
     tiny_tokenizer,
     word_reward,
 )
 
-NO_TOOLS = {"intrinsic_mode": "none", "replay_mode": "off"}
 EPS = (0.2, 0.28, 10.0)
-
-
-def spear(folder: Path, model: Any = None, tools: bool = True, **options: Any) -> SPEARTrainer:
-    defaults = {"mask_truncated_completions": False, "filter_unreadable": False, "learning_rate": 1e-2}
-    args = SPEARConfig(**settings(folder, **{**defaults, **options}))
-    made = SPEARTrainer(
-        tiny_model() if model is None else model,
-        word_reward,
-        args,
-        train_dataset=prompts(),
-        processing_class=tiny_tokenizer(),
-        rollout_func=scripted_rollouts if tools else None,
-    )
-    made.current_gradient_accumulation_steps = args.gradient_accumulation_steps
-    made.model.train()
-    return made
 
 
 def gradients_of_step(trainer: Any, parts: list[dict[str, Any]], first: int = 0) -> tuple[float, torch.Tensor]:
@@ -63,10 +51,6 @@ def gradients_of_step(trainer: Any, parts: list[dict[str, Any]], first: int = 0)
 
 def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
-
-
-def named(inputs: dict[str, Any], first: int) -> dict[str, Any]:
-    return inputs | {"spear_uid": torch.arange(first, first + len(inputs["advantages"]))}
 
 
 SHARED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -168,7 +152,8 @@ def past_rounds(count: int) -> tuple[list[Group], list[Row]]:
             advantages = np.where(mask, value - 2.0, 0.0).astype(np.float32)
             tokens = generator.integers(3, 290, length).astype(np.int32)
             old_logp = generator.normal(-5.5, 0.5, length).astype(np.float32)
-            rows.append(Row(uid, group, 0, tokens, mask, old_logp, advantages, reward=value))
+            weight = generator.uniform(0.5, 1.5, length).astype(np.float32)
+            rows.append(Row(uid, group, 0, tokens, mask, old_logp, advantages, reward=value, weight=weight))
             members.append(trajectory)
         groups.append(Group(group, members[0].task, members))
     return groups, rows
@@ -184,7 +169,8 @@ def reference_sil(model: torch.nn.Module, rows: list[Row], advantage: float, wei
         for place in np.flatnonzero(row.action_mask):
             ratio = (logp[place - 1, ids[0, place]] - float(row.old_logp[place])).exp()
             loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
-            total = total + (loss if advantage > 0 else loss.clamp(max=-advantage * dual))
+            loss = loss if advantage > 0 else loss.clamp(max=-advantage * dual)
+            total = total + (loss if row.weight is None else loss * float(row.weight[place]))
     return weight * total / (len(rows) * norm)
 
 
@@ -209,14 +195,6 @@ def test_the_replay_loss_is_a_float64_loop_over_good_rows(tmp_path: Path) -> Non
     assert stats["sil/loss"] * stats["sil/weight"] == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(taken[0], flat_gradient(reference), rtol=1e-3, atol=1e-7)
     assert imitation.separate_steps(2)["replay/drawn"] == 0
-
-
-def history(trainer: SPEARTrainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-RUN = {"max_steps": 5, "logging_strategy": "steps", "logging_steps": 1, "replay_buffer_size": 2,
-       "replay_ripe_factor": 1.0, "replay_warmup_steps": 2, "keep_groups": 1.0}  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [{"replay_mode": "separate_step"}, {"replay_mode": "joint"},

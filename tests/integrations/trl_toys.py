@@ -15,9 +15,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from spear_fast.data.tokenizer import train_tokenizer
+from spear_fast.integrations.trl import SPEARConfig, SPEARTrainer
 
 VOCAB = 290
 PROMPTS = ["abc", "hello there", "x y z", "q"]
+NO_TOOLS = {"intrinsic_mode": "none", "replay_mode": "off"}
+RUN = {"max_steps": 5, "logging_strategy": "steps", "logging_steps": 1, "replay_buffer_size": 2,
+       "replay_ripe_factor": 1.0, "replay_warmup_steps": 2, "keep_groups": 1.0}  # fmt: skip
+"""Options of a run that replays from its second or third round on."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
@@ -92,11 +97,11 @@ def batch(seed: int, rows: int = 4, prompt: int = 5, completion: int = 7, *, too
 
 
 def scripted_rollouts(rows: list[Any], trainer: Any) -> dict[str, Any]:
-    """Completions of 6 tokens that depend on the step alone; sample i of a group called i % 3 tools."""
+    """Completions of 6 tokens that depend on the step alone; row i called i % 3 tools; prompts grow."""
     generator = torch.Generator().manual_seed(trainer.state.global_step)
     calls = [index % 3 for index in range(len(rows))]
     return {
-        "prompt_ids": [[5, 6, 7][: 1 + index % 3] for index in range(len(rows))],
+        "prompt_ids": [[5, 6, 7, 8, 9][: 1 + index % 3 + index // 4 * 2] for index in range(len(rows))],
         "completion_ids": torch.randint(3, 290, (len(rows), 6), generator=generator).tolist(),
         "logprobs": None,
         "env_mask": [[1, 1, 0, 0, 1, 1] if count else [1] * 6 for count in calls],
@@ -106,3 +111,32 @@ def scripted_rollouts(rows: list[Any], trainer: Any) -> dict[str, Any]:
 
 def word_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(ids[0] % 5) for ids in completion_ids]
+
+
+def spear(folder: Path, model: Any = None, tools: bool = True, **options: Any) -> SPEARTrainer:
+    """A SPEARTrainer on scripted rollouts (with `tools`) or its own completions, ready for `_compute_loss`."""
+    peft = options.pop("peft_config", None)
+    defaults = {"mask_truncated_completions": False, "filter_unreadable": False, "learning_rate": 1e-2}
+    args = SPEARConfig(**settings(folder, **{**defaults, **options}))
+    made = SPEARTrainer(
+        tiny_model() if model is None else model,
+        word_reward,
+        args,
+        train_dataset=prompts(),
+        processing_class=tiny_tokenizer(),
+        rollout_func=scripted_rollouts if tools else None,
+        peft_config=peft,
+    )
+    made.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    made.model.train()
+    return made
+
+
+def named(inputs: dict[str, Any], first: int) -> dict[str, Any]:
+    """`batch` with the uids that SPEARTrainer adds, from `first` on."""
+    return inputs | {"spear_uid": torch.arange(first, first + len(inputs["advantages"]))}
+
+
+def history(trainer: SPEARTrainer, name: str) -> list[float]:
+    """The logged values of one metric, in order."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]

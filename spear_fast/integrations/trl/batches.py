@@ -44,8 +44,13 @@ class TokenBatch:
 
     @property
     def positions(self) -> torch.Tensor:
-        """Place of each token in its padded row, int64 [B, L]: the name of a token in its sequence."""
-        return torch.arange(self.labels.shape[1], device=self.labels.device).expand_as(self.labels)
+        """Place of each action token among those of its row, int64 [B, L]: its name, whatever the padding."""
+        return self.mask.long().cumsum(1) - 1
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """`row_weight`, 1 where there is none, float32 [B, L]."""
+        return torch.ones_like(self.labels, dtype=torch.float32) if self.row_weight is None else self.row_weight
 
 
 def joined_tokens(batches: Sequence[TokenBatch], values: Sequence[Any]) -> torch.Tensor:
@@ -88,6 +93,8 @@ def from_rows(rows: Sequence[Row], like: Row, num_rows: int, pad_id: int, device
     labels = [np.where(row.action_mask, row.tokens, IGNORED) for row in rows]
     labels += [np.full(like.num_tokens, IGNORED, dtype=np.int32)] * (num_rows - len(rows))
     advantages = [row.advantages[row.action_mask].mean() for row in filled]
+    weights = [np.ones(row.num_tokens, dtype=np.float32) if row.weight is None else row.weight for row in filled]
+    weighted = any(row.weight is not None for row in filled)
     return TokenBatch(
         stacked([row.tokens for row in filled], pad_id, torch.int64),
         stacked([np.ones(row.num_tokens, dtype=np.int64) for row in filled], 0, torch.int64),
@@ -95,6 +102,7 @@ def from_rows(rows: Sequence[Row], like: Row, num_rows: int, pad_id: int, device
         torch.tensor(np.array(advantages), dtype=torch.float32, device=device),
         torch.tensor([row.uid for row in filled], device=device),
         stacked([row.old_logp for row in filled], 0.0, torch.float32),
+        row_weight=stacked(weights, 1.0, torch.float32) if weighted else None,
     )
 
 
@@ -110,13 +118,17 @@ def replay_batches(
 def to_rows(inputs: dict[str, Any], rewards: dict[int, float], version: int, group_size: int) -> list[Row]:
     """The rows with action tokens and A > 0 of one entry of TRL's `_buffered_inputs`, unpadded, on the host.
 
-    `rewards` is the total reward by uid. Each row ends with its last action token.
+    `rewards` is the total reward by uid. Each row ends with its last action token and keeps TRL's importance weights;
+    one whose weights are all 0, which has nothing to learn from, is left out.
     """
     host = {name: value.cpu().numpy() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     mask = loss_mask(inputs).bool().cpu().numpy()
+    ratio = host.get("importance_sampling_ratio")  # [B, C], or [B, 1] for whole sequences
+    weights = None if ratio is None else np.where(mask, ratio, 1.0).astype(np.float32)
     made = []
     for index, uid in enumerate(host["spear_uid"].tolist()):
-        if not (host["advantages"][index] > 0 and mask[index].any()):
+        counting = mask[index] if weights is None else mask[index] & (weights[index] != 0)
+        if not (host["advantages"][index] > 0 and counting.any()):
             continue
         end = int(mask[index].nonzero()[0][-1]) + 1
         prompt = host["prompt_ids"][index][host["prompt_mask"][index].astype(bool)]
@@ -133,6 +145,7 @@ def to_rows(inputs: dict[str, Any], rewards: dict[int, float], version: int, gro
                 old_logp=np.where(action, old_logp, 0.0).astype(np.float32),
                 advantages=np.where(action, host["advantages"][index], 0.0).astype(np.float32),
                 reward=rewards[uid],
+                weight=None if weights is None else np.concatenate([np.ones_like(before), weights[index, :end]]),
             )
         )
     return made

@@ -35,7 +35,9 @@ def _option(default: Any, text: str) -> Any:
 class SPEARConfig(GRPOConfig):
     """GRPOConfig with SPEAR's options (arXiv 2509.22601) and Dr.BoT's defaults for TRL's own.
 
-    TRL's `loss_type` names the aggregation ("grpo", "dr_grpo" or "dapo"), `policy_loss` the loss of a token. A round is
+    TRL's `loss_type` names the aggregation ("grpo", "dr_grpo" or "dapo"), `policy_loss` the loss of a token. Averages
+    over sequences ("grpo", "dr_grpo") count those with an action token; TRL divides by all rows, filtered ones too.
+    Dr.BoT's filter of incomplete trajectories is absent: TRL does not say whether an answer was given. A round is
     one generation batch and the updates on it; with TRL's defaults it is one optimizer step. Schedules, ages and the
     replay count rounds. Bad combinations raise ConfigError, which names the field, the value and the remedy.
     """
@@ -43,7 +45,9 @@ class SPEARConfig(GRPOConfig):
     epsilon_high: float | None = _option(0.28, "Upper clip range eps_high (clip-higher); None takes `epsilon`.")
     scale_rewards: str = _option("none", "Division of advantages: 'group', 'batch' or 'none' (Dr.BoT).")
     loss_type: str = _option(
-        "dr_grpo", "Aggregation: 'grpo', 'dr_grpo' or 'dapo'; any of TRL's with policy_loss='trl'."
+        "dr_grpo",
+        "Aggregation: 'grpo' and 'dr_grpo' (averages over sequences with an action token; TRL's are over all rows) or "
+        "'dapo'; any of TRL's, averaged as TRL does, with policy_loss='trl'.",
     )
     mask_truncated_completions: bool = _option(
         True, "Drop completions cut at the token limit (Dr.BoT's overlong filter)."

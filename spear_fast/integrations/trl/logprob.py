@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 
 from spear_fast.errors import ConfigError
-from spear_kernels import PolicyHead, PolicyInputs, replace_lm_head
+from spear_kernels import PolicyHead, PolicyInputs, replace_lm_head, restore_lm_head
 
 IGNORED = -100
 _Trainer: Any = object
@@ -23,8 +23,8 @@ class LogProbMixin(_Trainer):
     Log-probs and entropies then come from `linear_logprob`: only action tokens (completion_mask times tool_mask) reach
     the head, TRL's own path scores tool results too and, off a GPU, every position; logits are float32 and exist in
     chunks. Everything else stays TRL's: losses, options, metrics, temperature, soft-cap, adapters, MoE loss. The
-    wrapped model is called, so that the hooks of DDP and FSDP fire. A reference model that FSDP or DeepSpeed wrapped
-    while the trainer was built keeps TRL's head.
+    wrapped model is called, so that a wrapper's hooks fire; tested with DDP. A reference model that FSDP or DeepSpeed
+    wrapped while the trainer was built keeps TRL's head.
 
     Raises:
         ConfigError: the model's head cannot be replaced; the message says why.
@@ -41,8 +41,11 @@ class LogProbMixin(_Trainer):
         is_wrapped = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if getattr(self, "ref_model", None) is not None and not is_wrapped:
             self._heads.append(self.ref_model)
-        for model in self._heads:
-            _replace_head(model)
+        casts = getattr(self.args, "cast_lm_head_to_fp32", False)
+        with ExitStack() as undo:
+            for model in self._heads:
+                _replace_head(model, casts, undo)
+            undo.pop_all()
 
     def _generate(self, prompts: list[Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's generation; keeps the tool mask, its third result, for log-probs computed before there is a batch."""
@@ -148,16 +151,26 @@ def _is_mask(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(row, list) and set(map(type, row)) <= {int} for row in value)
 
 
-def _replace_head(model: Any) -> None:
-    """`replace_lm_head` for a model whose head TRL may have cast to float32, or an earlier trainer replaced."""
+def _replace_head(model: Any, casts: bool, undo: ExitStack) -> None:
+    """`replace_lm_head` for a model whose head TRL has cast to float32 (`casts`), or an earlier trainer replaced.
+
+    `undo` gets what puts the model back. A forward of the head's own that is no such cast is left for
+    `replace_lm_head` to refuse.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    cast = inner.get_output_embeddings().__dict__.pop("forward", None)
-    if not isinstance(inner.get_output_embeddings(), PolicyHead):
+    head = inner.get_output_embeddings()
+    forward = None if head is None else head.__dict__.get("forward")
+    is_cast = forward is not None and (casts or getattr(forward, "__func__", None) is _float32_head)
+    if is_cast:
+        del head.forward
+        undo.callback(setattr, head, "forward", forward)
+    if not isinstance(head, PolicyHead):
         try:
             replace_lm_head(model)
         except ValueError as error:
             raise ConfigError(f"the head of {type(inner).__name__} cannot be replaced: {error}") from error
-    if cast is not None:
+        undo.callback(restore_lm_head, model)
+    if is_cast:
         head = inner.get_output_embeddings()
         head.forward = MethodType(_float32_head, head)
 

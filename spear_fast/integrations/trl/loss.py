@@ -65,30 +65,37 @@ def plan_step(
     """Count all ranks' tokens and, for the covariance losses, choose tokens over all micro-batches and ranks.
 
     The choice needs the log-probs under the present weights: `logps` [B, L] of each batch if they are known, else one
-    more forward pass; a batch without `old_logp` then gets these as its own. With stats="microbatch", and where there
-    is one micro-batch on one rank, the loss chooses by itself.
+    more forward pass. A batch without `old_logp` then gets these as its own, unless that pass drew random numbers: the
+    loss would see another dropout mask, and ratios other than 1. With stats="microbatch", and where there is one
+    micro-batch on one rank, the loss chooses by itself.
     """
     counts = torch.stack([batch.counts() for batch in batches]).sum(0)
     counts = accelerator.reduce(counts, reduction="sum") / accelerator.num_processes
     several = len(batches) > 1 or accelerator.num_processes > 1
     if not cfg.uses_covariance or stats == "microbatch" or not several:
         return StepPlan(cfg, counts, temperature, seed, None, {})
+    repeatable = True
     if logps is None:
+        before = _random_state(accelerator.device)
         with torch.no_grad(), accelerator.autocast():
             logps = [_score(model, batch, temperature).logp for batch in batches]
-    for batch, logp in zip(batches, logps, strict=True):
-        batch.old_logp = logp if batch.old_logp is None else batch.old_logp
+        repeatable = torch.equal(before, _random_state(accelerator.device))
+    old_logps = [logp if batch.old_logp is None else batch.old_logp for batch, logp in zip(batches, logps, strict=True)]
+    if repeatable:
+        for batch, old_logp in zip(batches, old_logps, strict=True):
+            batch.old_logp = old_logp
     group = dist.group.WORLD if accelerator.num_processes > 1 else None
     logp, advantages = joined_tokens(batches, logps), joined_tokens(batches, [batch.advantages for batch in batches])
     chosen = covariance_select(
         logp,
-        joined_tokens(batches, [batch.old_logp for batch in batches]),
+        joined_tokens(batches, old_logps),
         advantages,
         None,
         cfg,
         joined_tokens(batches, [batch.uid for batch in batches]),
         seed,
         positions=joined_tokens(batches, [batch.positions for batch in batches]),
+        row_weight=joined_tokens(batches, [batch.weights for batch in batches]),
         group=group,
     )
     parts = chosen.split([int(batch.mask.sum()) for batch in batches])
@@ -105,7 +112,7 @@ def micro_batch_loss(
 ) -> tuple[torch.Tensor, Metrics, torch.Tensor]:
     """The share of micro-batch `index` in the step's loss, its metrics, and detached log-probs [B, L].
 
-    Averaged over ranks, as DDP and FSDP do, the shares add up to the loss of the whole step. Where `old_logp` is known
+    Averaged over ranks, as DDP does, the shares add up to the loss of the whole step. Where `old_logp` is known
     and `extra` empty, `linear_policy_loss` does everything in one sweep; else log-probs come first.
     """
     selected = None if plan.selected is None else plan.selected[index]
@@ -178,3 +185,8 @@ def _score(model: Any, batch: TokenBatch, temperature: float, with_router: bool 
     inputs = PolicyInputs(batch.labels, temperature=temperature)
     router = {"output_router_logits": True} if with_router else {}
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, policy_inputs=inputs, **router)
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    """The state of the current device's generator; a GPU's is kept on the host, so nothing waits."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state()

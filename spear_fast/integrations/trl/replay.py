@@ -12,7 +12,7 @@ from spear_fast.batching.minibatches import split
 from spear_fast.replay import ReplayMemory
 from spear_fast.schedules import cosine_warmup
 from spear_fast.seeds import derive_seed
-from spear_fast.types import Row
+from spear_fast.types import Group, Row
 from spear_kernels import PolicyLossConfig
 
 from .batches import replay_batches
@@ -49,12 +49,27 @@ class Imitation:
         )
         self._round = 0
         self._drawn: list[Row] = []
+        self._before_draw: dict[str, np.ndarray] | None = None
+        """The memory when a joint round began, until that round ends."""
 
     def begin_round(self, round_index: int) -> Stats:
         """Draw for a joint round; return the statistics of the draw and the schedule."""
         self._round = round_index
         stats = {"schedule/gamma": cosine_warmup(round_index, self.args.replay_warmup_steps)}
-        return stats | (self._draw() if self.args.replay_mode == "joint" else {})
+        if self.args.replay_mode != "joint":
+            return stats
+        self._before_draw = self.memory.state_dict()
+        return stats | self._draw()
+
+    def end_round(self, round_index: int, groups: list[Group], rows: list[Row]) -> Stats:
+        """Take the separate steps, then the round's own trajectories into the memory."""
+        stats = self.separate_steps(round_index)
+        self._before_draw = None
+        return stats | self.memory.offer(groups, rows)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The memory to resume from: inside a round, which is then made again, that before its draw."""
+        return self.memory.state_dict() if self._before_draw is None else self._before_draw
 
     def join(self, model: Any, update: int, num_updates: int) -> Stats:
         """Add the gradient of this optimizer step's share of a joint draw; a later backward pass reduces it."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from spear_fast.errors import ConfigError
@@ -47,7 +46,10 @@ class SPEARTrainer(LogProbMixin, GRPOTrainer):
 
     Every rank holds the same replay memory; batches, losses and gradients are each rank's own share. The memory, the
     round and with them the schedules are saved with TRL's checkpoints and restored by `resume_from_checkpoint`. A
-    checkpoint inside a round loses that round's completions, as TRL's do.
+    checkpoint inside a round loses that round's completions, as TRL's do; the round is made again with the same draw.
+
+    Dr.BoT's filter of incomplete trajectories is absent: TRL does not say whether an answer was given. Leave such
+    completions to `mask_truncated_completions` and to the reward.
 
     A `rollout_func` may return, beside TRL's `env_mask`, `num_tool_calls` and `num_valid_tool_calls`, one int per
     completion; otherwise every stretch that `env_mask` marks as not the model's counts as one valid call.
@@ -82,7 +84,7 @@ class SPEARTrainer(LogProbMixin, GRPOTrainer):
         if self.is_deepspeed_enabled and args.replay_mode != "off":
             raise ConfigError(
                 f"replay_mode={args.replay_mode!r} takes backward passes that DeepSpeed's engine would count as its "
-                "own; use FSDP or DDP, or set replay_mode='off'"
+                "own; use DDP, or set replay_mode='off'"
             )
         if self._is_vlm and (args.policy_loss != "trl" or args.replay_mode != "off"):
             raise ConfigError(
@@ -92,9 +94,10 @@ class SPEARTrainer(LogProbMixin, GRPOTrainer):
 
     def _add_tool_reward(self) -> None:
         """Append a column to TRL's rewards; `_calculate_rewards` fills it, since it may depend on the others."""
-        self.reward_funcs.append(_not_scored)
-        self.reward_func_names.append(REWARD_NAME)
-        self.reward_processing_classes.append(None)
+        # New lists: the old ones may be the caller's.
+        self.reward_funcs = [*self.reward_funcs, _not_scored]
+        self.reward_func_names = [*self.reward_func_names, REWARD_NAME]
+        self.reward_processing_classes = [*self.reward_processing_classes, None]
         self.reward_weights = torch.cat([self.reward_weights, torch.ones(1)])
 
     @property
@@ -274,7 +277,6 @@ class SPEARTrainer(LogProbMixin, GRPOTrainer):
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             return
         if self._imitation is not None:
-            self._report(self._imitation.separate_steps(self._finished_rounds))
             rewards = {member.uid: member.reward for group in self._groups for member in group.trajectories}
             own = [
                 row
@@ -282,18 +284,19 @@ class SPEARTrainer(LogProbMixin, GRPOTrainer):
                 for row in to_rows(inputs, rewards, self._finished_rounds, self.num_generations)
             ]
             rows = sorted(gather_object(own), key=lambda row: row.uid)
-            self._report(self._imitation.memory.offer(self._groups, rows))
+            self._report(self._imitation.end_round(self._finished_rounds, self._groups, rows))
         self._finished_rounds += 1
 
     def _report(self, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._metrics["train"][f"spear/{name}"].append(value)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _save_rng_state(self, output_dir: str) -> None:
+        """What a checkpoint needs to go on: our state beside it, before older checkpoints are deleted or it is sent."""
+        super()._save_rng_state(output_dir)
         if self.args.should_save:
-            folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_state(folder, self._finished_rounds, None if self._imitation is None else self._imitation.memory)
+            memory = {} if self._imitation is None else self._imitation.state_dict()
+            save_state(output_dir, self._finished_rounds, memory)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
