@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -93,7 +93,7 @@ def seconds(step: Step, problem: Inputs, backward: bool) -> float:
 
 
 def alternate(
-    steps: dict[str, Step], problems: list[Inputs], repeats: int, backward: bool, short: bool = False
+    steps: dict[str, Step], problems: Sequence[Inputs], repeats: int, backward: bool, short: bool = False
 ) -> dict[str, list[float] | Exception]:
     """Times in seconds of each step, taken in turns, every second round in reverse order.
 
