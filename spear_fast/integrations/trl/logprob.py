@@ -162,7 +162,7 @@ def _replace_head(model: Any, casts: bool, undo: ExitStack) -> None:
     forward = None if head is None else head.__dict__.get("forward")
     is_cast = forward is not None and (casts or getattr(forward, "__func__", None) is _float32_head)
     if is_cast:
-        del head.forward
+        delattr(head, "forward")
         undo.callback(setattr, head, "forward", forward)
     if not isinstance(head, PolicyHead):
         try:
