@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,14 @@ class TokenBatch:
         per_row = self.mask.sum(1)
         return torch.stack([per_row.sum(), (per_row > 0).sum()]).double()
 
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Flat places of the action tokens in [B, L], int64 [n]; the first look waits for the device."""
+        return self.mask.flatten().nonzero().squeeze(1)
+
     def tokens(self, values: torch.Tensor) -> torch.Tensor:
         """The values [n] of the action tokens, from [B, L] or [B]."""
-        return values.reshape(len(values), -1).expand_as(self.labels)[self.mask]
+        return values.reshape(len(values), -1).expand_as(self.labels).flatten()[self.places]
 
     @property
     def positions(self) -> torch.Tensor:

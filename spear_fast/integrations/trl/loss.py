@@ -98,7 +98,7 @@ def plan_step(
         row_weight=joined_tokens(batches, [batch.weights for batch in batches]),
         group=group,
     )
-    parts = chosen.split([int(batch.mask.sum()) for batch in batches])
+    parts = chosen.split([len(batch.places) for batch in batches])
     selected = [
         torch.zeros_like(batch.mask).masked_scatter(batch.mask, part)
         for batch, part in zip(batches, parts, strict=True)
@@ -169,19 +169,21 @@ def _from_logp(
     return loss, result.metrics, output.logp.detach()
 
 
-def joined(parts: Sequence[Metrics], accelerator: Accelerator) -> dict[str, float]:
-    """Metrics of the step from those of its micro-batches, over all ranks; waits for the device once.
+def joined(parts: Sequence[Metrics], plan: StepPlan, accelerator: Accelerator) -> dict[str, float]:
+    """Metrics of the step from the plan and those of its micro-batches, over all ranks; waits for the device once.
 
     `loss` and `policy_loss` are divided by the number of ranks, since their denominators were multiplied by it.
     """
     own = join_metrics(parts)
     table = accelerator.gather(torch.stack([value.float() for value in own.values()])[None])
-    total = join_metrics([dict(zip(own, row.unbind(), strict=True)) for row in table])
-    values = dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))
+    total = {**join_metrics([dict(zip(own, row.unbind(), strict=True)) for row in table]), **plan.covariance}
+    values = dict(zip(total, torch.stack([value.float() for value in total.values()]).tolist(), strict=True))
     return {name: value / len(table) if name in ("loss", "policy_loss") else value for name, value in values.items()}
 
 
 def _score(model: Any, batch: TokenBatch, temperature: float, with_router: bool = False) -> Any:
+    # Looked for before anything is launched that it would wait for.
+    _ = batch.places
     inputs = PolicyInputs(batch.labels, temperature=temperature)
     router = {"output_router_logits": True} if with_router else {}
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, policy_inputs=inputs, **router)

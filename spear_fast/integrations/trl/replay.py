@@ -135,6 +135,5 @@ class Imitation:
                     loss, metrics, _ = micro_batch_loss(model, batch, plan, place)
                 accelerator.backward(self._weight * loss)
             parts.append(metrics)
-        covariance = {name: value.item() for name, value in plan.covariance.items()}
-        values = {**joined(parts, accelerator), **covariance}
+        values = joined(parts, plan, accelerator)
         return {f"sil/{name}": value for name, value in values.items()} | {"sil/weight": self._weight}

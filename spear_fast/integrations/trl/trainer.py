@@ -257,9 +257,8 @@ class SPEARTrainer(LogProbMixin, GRPOTrainer):
             inputs["old_per_token_logps"] = logp[:, inputs["prompt_ids"].shape[1] :]
         self._parts.append(metrics)
         if place == accumulation - 1:
-            values = joined(self._parts, self.accelerator)
-            covariance = {name: value.item() for name, value in self._plan.covariance.items()}
-            self._report({f"loss/{name}": value for name, value in {**values, **covariance}.items()})
+            values = joined(self._parts, self._plan, self.accelerator)
+            self._report({f"loss/{name}": value for name, value in values.items()})
             for name, trl_name in _TRL_NAMES.items():
                 if name in values:
                     self._metrics["train"][trl_name].append(values[name])
