@@ -112,13 +112,12 @@ def step_summary(step: Result, trainer_only: Result) -> str:
             rates = [case["batch"]["action_tokens"] / entries[name]["median_s"] for name in ("ours", "trl")]
             rows.append([f"update alone, {case['name']}", *_compared(("", rates[0]), ("", rates[1]))])
     titles = ["", "spear-fast, tokens/s", "TRL, tokens/s", "ratio"]
-    written = f"Written by `bench/step.py` {provenance(step)}, and by `bench/trainer_only.py`"
-    same = provenance(step) == provenance(trainer_only)
+    same = all(step["machine"][name] == trainer_only["machine"][name] for name in ("commit", "processor", "cores", "gpus"))
     return (
         f"{_table(titles, rows)}\nAction tokens per second of wall time, for each trainer its best row: equal tokens, "
         "lengths and loss; in the updates alone gradients are equal to float tolerance. "
-        f"{written}{'' if same else ' ' + provenance(trainer_only)}. On a GPU other parts dominate: these ratios say "
-        "nothing about one.\n"
+        f"Written by `bench/trainer_only.py`{'' if same else f' {provenance(trainer_only)},'} and `bench/step.py` "
+        f"{provenance(step)}. On a GPU other parts dominate: these ratios say nothing about one.\n"
     )
 
 
