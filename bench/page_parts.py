@@ -112,7 +112,8 @@ def step_summary(step: Result, trainer_only: Result) -> str:
             rates = [case["batch"]["action_tokens"] / entries[name]["median_s"] for name in ("ours", "trl")]
             rows.append([f"update alone, {case['name']}", *_compared(("", rates[0]), ("", rates[1]))])
     titles = ["", "spear-fast, tokens/s", "TRL, tokens/s", "ratio"]
-    same = all(step["machine"][name] == trainer_only["machine"][name] for name in ("commit", "processor", "cores", "gpus"))
+    where = ("commit", "processor", "cores", "gpus")
+    same = all(step["machine"][name] == trainer_only["machine"][name] for name in where)
     return (
         f"{_table(titles, rows)}\nAction tokens per second of wall time, for each trainer its best row: equal tokens, "
         "lengths and loss; in the updates alone gradients are equal to float tolerance. "
