@@ -23,6 +23,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common.machine import ROOT, describe_machine, result_folder
+from bench.common.result_file import write_json
 from spear_fast.batching import collate
 from spear_fast.config.schema import ModelInit
 from spear_fast.memory.gpus import DATASHEET
@@ -67,8 +68,7 @@ def main() -> None:
         }
         folder = "cpu" if args.device == "cpu" else result_folder()
         out = args.out or ROOT / "bench/results" / folder / "coefficients.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, out)
         print(json.dumps({"gpu": result["gpu"], **coefficients}, indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()

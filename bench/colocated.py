@@ -28,7 +28,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.common.gpu_memory import PeakWatch, settled_bytes
-from bench.common.machine import ROOT, describe_machine
+from bench.common.machine import describe_machine
+from bench.common.result_file import write_json
+from bench.common.shapes import published_shape, write_shape
 from spear_fast.assemble import Policy, make_engine, plan_run, push_policy, spread
 from spear_fast.config.load import load_config
 from spear_fast.config.schema import RunConfig
@@ -107,9 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         result |= {"cycles": cycles, "summary": summary(cycles)}
         print(json.dumps(result["summary"], indent=1))
     print("\n".join(result["complaints"]), flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(result, args.out)
     return int(bool(result["complaints"]))
 
 
@@ -127,10 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def configure(load: Load, args: argparse.Namespace, folder: str) -> RunConfig:
     """The configuration of a run with this load; the model's folder gets its config.json, as vLLM reads it."""
-    shape = load.shape
-    if isinstance(shape, str):
-        shape = json.loads((ROOT / f"configs/paper/shapes/{shape}.json").read_text(encoding="utf-8"))
-    (Path(folder) / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    write_shape(published_shape(load.shape) if isinstance(load.shape, str) else load.shape, Path(folder))
     total = load.prompt_tokens + load.completion_tokens
     base = {
         "name": "colocated",

@@ -6,7 +6,6 @@ python bench/kernel_resources.py --out bench/results/compile/kernels.json
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common.machine import ROOT, describe_machine
+from bench.common.result_file import write_json
 from spear_kernels.compile_check import compile_all
 
 HEADER = (
@@ -44,8 +44,7 @@ def main() -> None:
     for kernel in kernels:
         # A list of nearly all arguments, for the tests.
         del kernel["specialised_alignments"]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": machine, "kernels": kernels}, indent=1) + "\n", encoding="utf-8")
+    write_json({"machine": machine, "kernels": kernels}, args.out)
     print(table(kernels))
     broken = [f"{k['name']} on sm_{k['arch']}: {', '.join(k['violations'])}" for k in kernels if k["violations"]]
     if broken:

@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common.machine import ROOT, describe_machine
+from bench.common.result_file import write_json
 from spear_fast.log.plot import plot_runs
 from spear_fast.log.records import METRICS_FILE, read_records
 
@@ -44,7 +45,7 @@ def main() -> None:
         "longest_s": max(run["wall_s"] for run in runs),
         "runs": runs,
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, args.out)
     print(json.dumps({key: result[key] for key in ("smallest_rise", "longest_s")}))
 
 

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.common import cases
-from bench.common.engine_start import ENGINES, SIZES, EngineSettings, random_model, shape_of, write_shape
+from bench.common.engine_start import ENGINES, SIZES, EngineSettings, random_model, shape_of
 from bench.common.machine import describe_machine
+from bench.common.shapes import write_shape
 from bench.engines.collector import collector_row
 from bench.engines.contenders import Contender, Message, contenders
 from bench.engines.gate import complaint, gap, scored, too_far

@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.common import cases
-from bench.common.engine_start import ENGINES, EngineSettings, random_model, shape_of, start_engine, write_shape
+from bench.common.engine_start import ENGINES, EngineSettings, random_model, shape_of, start_engine
 from bench.common.machine import describe_machine
+from bench.common.shapes import write_shape
 from spear_fast.config.machine import ParallelConfig
 from spear_fast.dist import Ranks, start_ranks
 from spear_fast.errors import EngineError

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bench import rollout, sync
-from bench.common.engine_start import EngineSettings, random_model, shape_of, start_engine, write_shape
+from bench.common.engine_start import EngineSettings, random_model, shape_of, start_engine
+from bench.common.shapes import write_shape
 from bench.engines.contenders import Message, TransformersGenerate
 from bench.engines.gate import complaint, gap, too_far
 from bench.engines.load import SUITES, Turn, Workload, conversations

@@ -7,12 +7,12 @@ A result is {"benchmark", "machine", "settings", "cases": [{"name", "rows": {nam
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.common.result_file import write_json
 from spear_fast.errors import MissingDependencyError
 
 Row = dict[str, Any]
@@ -87,9 +87,7 @@ def wrong(result: Mapping[str, Any], peers: Collection[str] = ()) -> bool:
 def write(result: Mapping[str, Any], file: Path | None) -> None:
     """Check a result and write it as JSON, making folders; None only checks it."""
     check_result(result)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(result, file)
 
 
 def show(result: Mapping[str, Any], columns: Sequence[Column]) -> None:

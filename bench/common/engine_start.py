@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.common.machine import ROOT
+from bench.common.shapes import published_shape
 from spear_fast.rollout.hf_engine import HFEngine
 from spear_fast.seeds import derive_seed
 
@@ -41,8 +40,7 @@ def shape_of(size: str, *, tied: bool | None = None) -> dict[str, Any]:
     Raises ValueError for an unknown size.
     """
     if size in _FILES:
-        text = (ROOT / f"configs/paper/shapes/{_FILES[size]}.json").read_text(encoding="utf-8")
-        shape = json.loads(text)
+        shape = published_shape(_FILES[size])
         return shape if tied is None else {**shape, "tie_word_embeddings": tied}
     if size not in _SIZES:
         raise ValueError(f"size={size!r} is unknown; use one of {SIZES}")
@@ -60,13 +58,6 @@ def shape_of(size: str, *, tied: bool | None = None) -> dict[str, Any]:
         "tie_word_embeddings": tied is not False,
         "initializer_range": _LOGIT_SPREAD / hidden**0.5,
     }
-
-
-def write_shape(shape: dict[str, Any], folder: Path) -> Path:
-    """Write config.json, which is all that our engines read of a folder, and return the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
-    return folder
 
 
 def random_model(folder: Path, dtype: torch.dtype, device: torch.device, seed: int = 0) -> PreTrainedModel:

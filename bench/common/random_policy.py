@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import string
 import sys
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from bench.common.machine import ROOT
+from bench.common.shapes import published_shape
 
 # Qwen2's own names: transformers would add those that are missing.
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -138,7 +137,7 @@ def model_shape(size: str) -> dict[str, Any]:
     """The config.json of a size."""
     shape = SIZES[size].shape
     if isinstance(shape, str):
-        shape = json.loads((ROOT / f"configs/paper/shapes/{shape}.json").read_text(encoding="utf-8"))
+        shape = published_shape(shape)
     assert isinstance(shape, dict)
     return dict(shape)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.layers.batch_problems import EPSILON, GAMMA, GROUP, NAIVE, NGRAM, OWN, BatchProblem, Operation, make_batch
-from bench.layers.contenders import COMPILER, Contender, Outcome, Step, compiled
+from bench.layers.contenders import Contender, Outcome, Step, compiled, naive_compiled
 from bench.layers.gate import relative_distance
 from bench.layers.level import Case, CopyFloor
 from bench.layers.measure import Prepared
@@ -42,15 +42,7 @@ class BatchLevel:
         return (
             Contender("copy", "a copy of as many bytes as are moved at least", CopyFloor, "floor", levels=levels),
             Contender("naive", "plain torch; repetition in plain Python", _step_of(NAIVE), levels=levels),
-            Contender(
-                "naive_compiled",
-                "the same under torch.compile",
-                lambda device: compiled(_step_of(NAIVE)(device))(device),
-                install=COMPILER,
-                levels=levels,
-                variants=traced,
-                compiled=True,
-            ),
+            naive_compiled(lambda device: compiled(_step_of(NAIVE)(device))(device), levels=levels, variants=traced),
             Contender("spear_kernels", "computed in float64", _step_of(OWN), levels=levels),
             *PEERS,
         )

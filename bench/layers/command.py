@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from bench.common.machine import describe_gpus, describe_machine
+from bench.common.result_file import write_json
 from bench.layers.contenders import CONFIG
 from bench.layers.level import Case
 from bench.layers.levels import LEVELS
@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print_case(record)
         result |= {"gpus_after": describe_gpus(), "wall_s": time.monotonic() - started}
-        _write(result, args.out)
-    _write(result, args.out)
+        write_json(result, args.out)
+    write_json(result, args.out)
     if args.plots:
         from bench.plots import draw
 
@@ -153,12 +153,6 @@ def _header(args: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
         },
         "cases": [],
     }
-
-
-def _write(result: dict[str, Any], out: Path | None) -> None:
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

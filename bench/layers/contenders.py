@@ -98,6 +98,21 @@ def compiled(function: Step) -> Callable[[torch.device], Step]:
     return build
 
 
+def naive_compiled(
+    build: Callable[[torch.device], Step], levels: tuple[str, ...] = ("hidden",), variants: tuple[str, ...] = ()
+) -> Contender:
+    """The row of a level's plain torch under torch.compile; `build` is what `compiled` makes of it."""
+    return Contender(
+        "naive_compiled",
+        "the same under torch.compile",
+        build,
+        install=COMPILER,
+        levels=levels,
+        variants=variants,
+        compiled=True,
+    )
+
+
 def clipped_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     """Per-token PPO loss with separate bounds and dual clip, in the type of logp [n]."""
     ratio = (logp - old_logp).clamp(-20, 20).exp()
@@ -274,7 +289,7 @@ OWN = (
         "full logits, float32 log-softmax, autograd; every row",
         lambda device: naive,
     ),
-    Contender("naive_compiled", "the same under torch.compile", compiled(naive), install=COMPILER, compiled=True),
+    naive_compiled(compiled(naive)),
     Contender(
         "linear_policy_loss",
         "PPO loss, metrics, entropy; advantages and mask on the host, as a trainer has them",
@@ -297,14 +312,7 @@ OWN = (
         lambda device: naive_with_entropy,
         levels=("hidden-logprob",),
     ),
-    Contender(
-        "naive_compiled",
-        "the same under torch.compile",
-        compiled(naive_with_entropy),
-        install=COMPILER,
-        levels=("hidden-logprob",),
-        compiled=True,
-    ),
+    naive_compiled(compiled(naive_with_entropy), levels=("hidden-logprob",)),
     Contender(
         "linear_logprob",
         "log-probs and entropy; action rows gathered first",
@@ -319,14 +327,7 @@ OWN = (
     ),
     Contender("copy", "a copy of the logits: one read, one write", _copy, "floor", levels=("logits",)),
     Contender("naive", "PPO loss of float32 log-softmax, autograd", lambda device: naive, levels=("logits",)),
-    Contender(
-        "naive_compiled",
-        "the same under torch.compile",
-        compiled(naive),
-        install=COMPILER,
-        levels=("logits",),
-        compiled=True,
-    ),
+    naive_compiled(compiled(naive), levels=("logits",)),
     Contender(
         "logprob", "logprob + policy_loss: PPO loss and entropy", lambda device: _from_logits, levels=("logits",)
     ),

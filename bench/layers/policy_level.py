@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.layers.contenders import COMPILER, Contender, Outcome, compiled
+from bench.layers.contenders import Contender, Outcome, compiled, naive_compiled
 from bench.layers.gate import relative_distance
 from bench.layers.level import Case, CopyFloor
 from bench.layers.policy_peers import PEERS, verl_contender
@@ -77,14 +77,7 @@ class PolicyLevel(_FromLogProbs):
         return (
             Contender("copy", "a copy of as many bytes as the loss moves at least", CopyFloor, "floor", levels=levels),
             Contender("naive", "the loss in plain torch, autograd", lambda device: _naive, levels=levels),
-            Contender(
-                "naive_compiled",
-                "the same under torch.compile",
-                compiled(_naive),
-                install=COMPILER,
-                levels=levels,
-                compiled=True,
-            ),
+            naive_compiled(compiled(_naive), levels=levels),
             Contender("policy_loss", "loss and metrics as tensors", lambda device: _own_loss, levels=levels),
             *PEERS,
         )
@@ -112,14 +105,7 @@ class CovLevel(_FromLogProbs):
         return (
             Contender("copy", "a copy of as many bytes as are read at least", CopyFloor, "floor", levels=levels),
             Contender("naive", "nonzero and randperm, or topk, in plain torch", lambda device: _choose, levels=levels),
-            Contender(
-                "naive_compiled",
-                "the same under torch.compile",
-                compiled(_choose),
-                install=COMPILER,
-                levels=levels,
-                compiled=True,
-            ),
+            naive_compiled(compiled(_choose), levels=levels),
             Contender(
                 "covariance_select",
                 "a draw that neither cut nor order of the batch changes",
