@@ -11,7 +11,7 @@ import torch
 from spear_fast.config.schema import RunConfig
 from spear_fast.data.chat import Chat, load_tokenizer
 from spear_fast.dist import Ranks
-from spear_fast.envs.base import TaskSet
+from spear_fast.envs.base import Closable, TaskSet
 from spear_fast.envs.registry import make_task_set
 from spear_fast.envs.tool_schema import tool_schema
 from spear_fast.errors import ConfigError
@@ -59,6 +59,12 @@ class Policy:
 def make_tasks(config: RunConfig) -> TaskSet:
     """Return the task set of a run."""
     return make_task_set(config.task.name, config.task.params, derive_seed(config.seed, "tasks"))
+
+
+def close_tasks(tasks: TaskSet) -> None:
+    """Free what a task set holds for all its environments, if it holds something."""
+    if isinstance(tasks, Closable):
+        tasks.close()
 
 
 def load_policy(path: str | Path, config: RunConfig, tasks: TaskSet) -> Policy:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,18 +136,28 @@ def _report(trainer: Trainer) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from spear_fast.assemble import load_policy, make_collector, make_engine, make_tasks, plan_run, push_policy
+    from spear_fast.assemble import (
+        close_tasks,
+        load_policy,
+        make_collector,
+        make_engine,
+        make_tasks,
+        plan_run,
+        push_policy,
+    )
     from spear_fast.dist import stand_alone
     from spear_fast.evaluate import evaluate
     from spear_fast.update.model import silence_progress_bars
 
     silence_progress_bars()
     config, model = _eval_config(args.source, args.task, args.overrides)
-    tasks = make_tasks(config)
-    ranks = stand_alone(config.device)
-    policy = load_policy(model, config, tasks)
-    engine = make_engine(config, model, policy, ranks, plan_run(config, model, ranks))
-    with closing(engine), closing(make_collector(config, tasks, policy, engine)) as collector:
+    with ExitStack() as owned:
+        tasks = make_tasks(config)
+        owned.callback(close_tasks, tasks)
+        ranks = stand_alone(config.device)
+        policy = load_policy(model, config, tasks)
+        engine = owned.enter_context(closing(make_engine(config, model, policy, ranks, plan_run(config, model, ranks))))
+        collector = owned.enter_context(closing(make_collector(config, tasks, policy, engine)))
         push_policy(config, policy, engine, version=0, verify=True)
         stats, _ = evaluate(config, tasks, collector, ranks)
     print(f"{model} on {args.task}: success {_success_text(stats)}")

@@ -14,6 +14,7 @@ import torch
 from spear_fast import schedules
 from spear_fast.advantages.fill import fill
 from spear_fast.assemble import (
+    close_tasks,
     load_policy,
     make_collector,
     make_engine,
@@ -72,6 +73,9 @@ class Trainer:
         self.config = config
         self.progress = progress
         self.tasks = make_tasks(config)
+        self._owned = ExitStack()
+        """Closes what was opened, the last first; each is tried, also when another fails."""
+        self._owned.callback(close_tasks, self.tasks)
         self.ranks = start_ranks(config.device, config.parallel, shard=config.needs_sharding)
         self.finished_steps = 0
         """Training steps done; also the version of the policy's weights."""
@@ -81,8 +85,6 @@ class Trainer:
         self.stop_requested = False
         self._resumed, self._pushed = resume, False
         self.sinks = []
-        self._owned = ExitStack()
-        """Closes what was opened, the last first; each is tried, also when another fails."""
         self._owned.callback(self.ranks.close)
         try:
             checkpoint = self._open(resume)

@@ -83,3 +83,12 @@ class TaskSet(Protocol):
     def make(self) -> Environment:
         """Return a fresh environment."""
         ...
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """A task set that holds something for all its environments, a sandbox say."""
+
+    def close(self) -> None:
+        """Free it. Called once, when the run is over, outside of any event loop."""
+        ...

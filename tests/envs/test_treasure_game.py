@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spear_fast.envs.game import GameEnv
 from spear_fast.envs.registry import make_task_set
 from spear_fast.envs.splits import SHARES
-from spear_fast.envs.treasure import TreasureEnv, TreasureTasks
+from spear_fast.envs.treasure import TreasureTasks
 from spear_fast.envs.treasure_map import ROOM_NAMES, State, TreasureMap, generate_map, layout_text
 from spear_fast.errors import ConfigError, TaskError
 
@@ -32,7 +33,7 @@ def random_policy(seed: int) -> Callable[[Any, Any], str]:
     return lambda _, episode: f"<action>{random.choice(episode.infos[-1]['admissible'])}</action>"
 
 
-def start(tasks: TreasureTasks, index: int = 0) -> tuple[TreasureEnv, str, Any]:
+def start(tasks: TreasureTasks, index: int = 0) -> tuple[GameEnv, str, Any]:
     env = tasks.make()
     return env, *asyncio.run(env.reset(seed=0, options={"split": "train", "index": index}))
 
@@ -132,13 +133,11 @@ def test_states_repeat_within_a_group(play: Callable[..., Any]) -> None:
 
 def test_equal_anchors_are_equal_states() -> None:
     tasks = make(num_rooms=8)
-    game = tasks.game("train", 0)
-    env, _, _ = start(tasks)
+    game = tasks.start("train", 0)
     random, anchors = Random(0), {}
     for _ in range(15):
-        action = random.choice([each for each in game.actions(env._state) if each != "open chest"])
-        _, _, _, _, info = asyncio.run(env.step(f"<action>{action}</action>"))
-        assert anchors.setdefault(info.get("anchor"), env._state) == env._state
+        game.act(random.choice([each for each in game.actions() if each != "open chest"]))
+        assert anchors.setdefault(game.anchor(), game.state) == game.state
 
 
 def test_splits_share_no_layout_and_eval_is_distinct() -> None:

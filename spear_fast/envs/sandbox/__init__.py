@@ -1,0 +1,1 @@
+"""Runs code that a policy wrote, apart from this machine."""
