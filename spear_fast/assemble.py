@@ -22,6 +22,7 @@ from spear_fast.rollout.collector import Collector
 from spear_fast.rollout.demos import Messages, demonstration_text
 from spear_fast.rollout.engine import Engine
 from spear_fast.rollout.episode import EpisodeLimits
+from spear_fast.rollout.history import HistoryRule
 from spear_fast.rollout.partial import PartialCollector
 from spear_fast.seeds import derive_seed
 from spear_fast.sync.push import push_weights
@@ -185,6 +186,12 @@ def push_policy(config: RunConfig, policy: Policy, engine: Engine, version: int,
     )
 
 
+def history_rule(config: RunConfig) -> HistoryRule:
+    """Return how much of the conversation the policy sees."""
+    rollout = config.rollout
+    return HistoryRule(rollout.history, rollout.window, rollout.drop_thoughts)
+
+
 def make_collector(config: RunConfig, tasks: TaskSet, policy: Policy, engine: Engine) -> Collector:
     """Return what rolls out trajectories of `tasks` with `engine`."""
     rollout = config.rollout
@@ -199,6 +206,7 @@ def make_collector(config: RunConfig, tasks: TaskSet, policy: Policy, engine: En
         tool_concurrency=rollout.tool_concurrency,
         env_timeout_s=rollout.env_timeout_s,
         max_observation_chars=rollout.max_observation_chars,
+        history=history_rule(config),
     )
     if rollout.mode == "sync":
         return Collector(tasks, engine, policy.chat, limits, max_concurrent=rollout.max_concurrent, seed=config.seed)

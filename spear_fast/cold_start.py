@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spear_fast.assemble import Policy, build_policy, load_policy, make_trainable
+from spear_fast.assemble import Policy, build_policy, history_rule, load_policy, make_trainable
 from spear_fast.config.schema import RunConfig
 from spear_fast.dist import Ranks
 from spear_fast.envs.base import TaskSet
-from spear_fast.rollout.demos import demonstrate, demonstration_row
+from spear_fast.rollout.demos import demonstrate, demonstration_rows
 from spear_fast.run_folder import RunFolder
 from spear_fast.seeds import derive_seed
 from spear_fast.types import Row
@@ -52,10 +52,13 @@ def prepare_start(config: RunConfig, tasks: TaskSet, progress: Progress, ranks: 
     make_trainable(policy, config, ranks)
     if demos:
         progress.phase("cold start")
-        rows = [demonstration_row(messages, policy.chat, uid) for uid, messages in enumerate(demos)]
+        history = history_rule(config)
+        rows = [
+            row for uid, messages in enumerate(demos) for row in demonstration_rows(messages, policy.chat, uid, history)
+        ]
         stats = imitate(policy, rows, config)
         progress.note(
-            f"cold start: {cold.steps} steps on {len(rows)} demonstrations, "
+            f"cold start: {cold.steps} steps on {len(demos)} demonstrations, "
             f"loss {stats['first']:.3f} -> {stats['last']:.3f} nats per token"
         )
     policy.save(folder, ranks)

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 
+_UID_BITS = 44
+
+
+def row_uid(uid: int, part: int) -> int:
+    """Return the uid of row `part` (0, 1, ...) of trajectory `uid`; the first row has that of its trajectory."""
+    return uid | part << _UID_BITS
+
+
 class Status(str, Enum):
     """How a trajectory ended. Only OK and TRUNCATED ones reach the advantage."""
 
@@ -72,6 +80,9 @@ class Trajectory:
         action_mask  0 0 0 1 1 1 0 0 0 1 1
         logps        0 0 0 x x x 0 0 0 x x     (log-prob of the sampled token, nats)
         turns        [Turn(3, 6), Turn(9, 11)]
+
+    It is one row, a sequence in which each token was sampled after all those before it, or several rows one behind the
+    other (see `rollout.history`): with `row_starts` [0, 6] above, `O O O` would be the whole prompt of the second `A A`.
     """
 
     task: Task
@@ -86,8 +97,12 @@ class Trajectory:
     action_mask: list[bool] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    row_starts: list[int] = field(default_factory=lambda: [0])
+    """Where rows begin, ascending, the first at 0; no turn crosses one of them."""
     messages: list[dict[str, Any]] = field(default_factory=list)
     """The readable transcript, in OpenAI's message shape."""
+    task_type: str | None = None
+    """The environment's label for breakdowns of success."""
     status: Status = Status.OK
     error: str | None = None
     num_tool_calls: int = 0
@@ -113,6 +128,11 @@ class Trajectory:
         """Sampled tokens."""
         return sum(self.action_mask)
 
+    @property
+    def row_spans(self) -> list[tuple[int, int]]:
+        """Begin and end of each row in `tokens`."""
+        return list(zip(self.row_starts, [*self.row_starts[1:], len(self.tokens)], strict=True))
+
 
 @dataclass
 class Group:
@@ -132,9 +152,10 @@ class Row:
     """
 
     uid: int
+    """Unique in the run; see `row_uid`."""
     group_id: int
     version: int
-    """Oldest policy version that sampled in it, in training steps."""
+    """Oldest policy version that sampled in its trajectory, in training steps."""
     tokens: np.ndarray  # int32 [L]
     action_mask: np.ndarray  # bool [L]
     old_logp: np.ndarray  # float32 [L]

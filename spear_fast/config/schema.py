@@ -132,7 +132,17 @@ class RolloutConfig(Section):
     max_turn_tokens: Positive = 64
     """Longest message, in tokens."""
     max_tokens: Positive = 512
-    """Longest trajectory, prompt and observations included, in tokens."""
+    """Longest row, prompt and observations included, in tokens: a whole trajectory with history "full", the present
+    message and what is shown before it with "windowed"."""
+    history: Literal["full", "windowed"] = "full"
+    """"full" shows the policy the whole conversation, as one row (or several, where the chat template rewrites earlier
+    messages); "windowed" shows the opening messages and the last exchanges, and each message is a row of its own."""
+    window: Positive = 2
+    """With "windowed": exchanges shown, each a message of the policy and the answer to it."""
+    drop_thoughts: bool = True
+    """With "windowed": leave <think>...</think> out of earlier messages."""
+    refill_attempts: NonNegative = 1
+    """How often a training trajectory that failed (environment, tool timeout, engine) is played again."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of training; log-probs are taken at it."""
     max_concurrent: Positive = 256
@@ -249,13 +259,13 @@ class ReplayConfig(Section):
     enabled: bool = False
     """Store good trajectories and imitate them later."""
     buffer_size: Positive = 2048
-    """Trajectories drawn at most for one replay."""
+    """Rows drawn at most for one replay; a row is a trajectory, but for the histories that make several of one."""
     baseline_size: Positive = 10240
     """Capacity of the FIFO D_R of group mean rewards."""
     tolerate_steps: Positive = 5
-    """Age in policy versions beyond which a stored trajectory is dropped."""
+    """Age in policy versions beyond which a stored row is dropped."""
     ripe_factor: PositiveFloat = 1.5
-    """Replay happens when more than ripe_factor * buffer_size eligible trajectories are stored."""
+    """Replay happens when more than ripe_factor * buffer_size eligible rows are stored."""
     require_tool_call: bool = True
     """Store only trajectories with a valid tool call; without tools, those with a valid action."""
     recalibrate: Literal["p50", "decay", "none"] = "p50"
@@ -307,7 +317,7 @@ class UpdateConfig(Section):
     grad_clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
     mini_batch_size: Positive | None = None
-    """Trajectories per optimizer step; None puts a whole training step into one."""
+    """Rows per optimizer step, trajectories or, with windowed history, their messages; None puts a whole training step into one."""
     epochs: Positive = 1
     """Passes over the trajectories of a training step."""
     token_budget: Positive = 8192

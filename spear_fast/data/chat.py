@@ -33,8 +33,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 class Chat:
     """Renders messages with the tokenizer's chat template.
 
-    A trajectory is built append-only: `prompt` once, then sampled tokens as they came, then `continuation` for each
-    tool result or observation. Special tokens inside environment text are defused, so that a tool cannot end a turn.
+    A row is built append-only: `prompt` once, then sampled tokens as they came, then `continuation` for each
+    tool result or observation, as long as the template does not show earlier messages otherwise (`rewrites`). Special tokens inside environment text are defused, so that a tool cannot end a turn.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Chat:
         self.end_of_turn = self._find_end_of_turn(eos)
         """The token that the template puts behind a message of the policy."""
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.end_of_turn, eos, *extra_stop_ids]))
+        self._may_rewrite = self._rewrites_in_a_trial()
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of the opening messages and the header of the policy's first message."""
@@ -78,6 +79,15 @@ class Chat:
         tokens = self._encode(self._after_message([self._defused(message) for message in messages]))
         return tokens[1:] if ended and tokens[:1] == [self.end_of_turn] else tokens
 
+    def rewrites(self, messages: Sequence[Message], num_new: int) -> bool:
+        """Return whether the template shows earlier messages otherwise now that the last `num_new` have come.
+
+        Before those stands a message of the policy. Compared are the rendering of `messages` and that of what came
+        before the policy's message, followed by its text and the rendering of the new messages. White space does not
+        count: the policy keeps seeing what it wrote.
+        """
+        return self._may_rewrite and self._differs(messages, num_new)
+
     def message(self, text: str) -> list[int]:
         """Return the tokens of a message as the policy would have written it, end-of-turn token included."""
         return [*self._encode(text), self.end_of_turn]
@@ -91,6 +101,24 @@ class Chat:
         """What the template writes behind a message of the policy that `messages` follow."""
         opening = [{"role": "user", "content": "."}, {"role": "assistant", "content": _SENTINEL}]
         return self._render([*opening, *messages]).split(_SENTINEL, 1)[1]
+
+    def _differs(self, messages: Sequence[Message], num_new: int) -> bool:
+        shown = [self._defused(message) for message in messages]
+        before, spoken, new = shown[: -num_new - 1], shown[-num_new - 1], shown[-num_new:]
+        appended = self._render(before) + spoken["content"] + self._after_message(new)
+        return "".join(appended.split()) != "".join(self._render(shown).split())
+
+    def _rewrites_in_a_trial(self) -> bool:
+        """Whether a conversation with thoughts is rewritten anywhere; most templates never do, and are asked once."""
+        roles = ["user", "tool"] if self._tools else ["user"]
+        for role in roles:
+            messages = [{"role": "user", "content": "0"}]
+            for number in "123":
+                spoken = {"role": "assistant", "content": f"<think>\n{number}a\n</think>\n\n{number}b"}
+                messages += [spoken, {"role": role, "content": f"{number}c"}]
+                if self._differs(messages, 1):
+                    return True
+        return False
 
     def _find_end_of_turn(self, eos: int) -> int:
         """Base models often have another `eos_token` than the one that ends a turn in their template."""

@@ -12,8 +12,9 @@ from spear_fast.data.prompts import make_task
 from spear_fast.envs.base import Demonstrator, Environment, TaskSet, Tool
 from spear_fast.errors import TaskError
 from spear_fast.rollout.episode import Episode, EpisodeLimits
+from spear_fast.rollout.history import History, HistoryRule
 from spear_fast.rollout.scripted_engine import ScriptedEngine
-from spear_fast.types import Row, Task, Trajectory
+from spear_fast.types import Row, Task, Trajectory, row_uid
 
 if TYPE_CHECKING:
     from spear_fast.data.chat import Chat
@@ -34,6 +35,9 @@ class _Utf8Chat:
 
     def continuation(self, messages: Sequence[dict[str, Any]], ended: bool) -> list[int]:
         return [_END]
+
+    def rewrites(self, messages: Sequence[dict[str, Any]], num_new: int) -> bool:
+        return False
 
     def decode(self, tokens: Sequence[int]) -> tuple[str, bool]:
         return bytes(token for token in tokens if token != _END).decode(), True
@@ -110,31 +114,51 @@ def demonstration_text(messages: Messages) -> str:
     return "\n".join(f"{message['role']}\n{message['content']}" for message in messages)
 
 
-def demonstration_row(messages: Messages, chat: Chat, uid: int) -> Row:
-    """Return a transcript as a training row: action tokens are the assistant's, each with advantage 1.
+def demonstration_rows(messages: Messages, chat: Chat, uid: int, history: HistoryRule) -> list[Row]:
+    """Return a transcript as training rows: action tokens are the assistant's, each with advantage 1.
 
-    The tokens are those that rollout would have produced: opening, message, continuation, message, ...
+    The tokens are those that rollout would have produced under the same `history`: opening, message, what follows, ...
+    Row k has uid `row_uid(uid, k)`; all have the group id `uid`.
     """
     first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    tokens = chat.prompt(messages[:first])
-    mask = [False] * len(tokens)
-    observed: Messages = []
-    for message in messages[first:]:
+    feed = History(chat, history)
+    rows = [_Draft(feed.open(messages[:first]))]
+    num_new = 0
+    for index, message in enumerate(messages[first:], start=first):
         if message["role"] != "assistant":
-            observed.append(message)
+            num_new += 1
             continue
-        between = chat.continuation(observed, ended=True) if observed else []
-        spoken = chat.message(message["content"])
-        tokens += between + spoken
-        mask += [False] * len(between) + [True] * len(spoken)
-        observed = []
-    action_mask = np.array(mask)
-    return Row(
-        uid=uid,
-        group_id=uid,
-        version=0,
-        tokens=np.array(tokens, dtype=np.int32),
-        action_mask=action_mask,
-        old_logp=np.zeros(len(tokens), dtype=np.float32),
-        advantages=action_mask.astype(np.float32),
-    )
+        if num_new:
+            fed = feed.follow(messages[:index], num_new, ended=True)
+            if fed.new_row:
+                rows.append(_Draft(fed.tokens))
+            else:
+                rows[-1].append(fed.tokens, spoken=False)
+        rows[-1].append(chat.message(message["content"]), spoken=True)
+        num_new = 0
+    return [row.finished(row_uid(uid, part), group_id=uid) for part, row in enumerate(rows)]
+
+
+class _Draft:
+    """A row being written."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        self._tokens: list[int] = []
+        self._mask: list[bool] = []
+        self.append(prompt, spoken=False)
+
+    def append(self, tokens: list[int], *, spoken: bool) -> None:
+        self._tokens += tokens
+        self._mask += [spoken] * len(tokens)
+
+    def finished(self, uid: int, group_id: int) -> Row:
+        action_mask = np.array(self._mask)
+        return Row(
+            uid=uid,
+            group_id=group_id,
+            version=0,
+            tokens=np.array(self._tokens, dtype=np.int32),
+            action_mask=action_mask,
+            old_logp=np.zeros(len(self._tokens), dtype=np.float32),
+            advantages=action_mask.astype(np.float32),
+        )

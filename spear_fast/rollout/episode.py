@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from spear_fast.envs.base import Environment, Info, TaskSet
 from spear_fast.errors import EngineError, TaskError
 from spear_fast.rollout.engine import Completion, GenerationRequest
+from spear_fast.rollout.history import Chat as HistoryChat
+from spear_fast.rollout.history import History, HistoryRule
 from spear_fast.rollout.timeouts import within
 from spear_fast.rollout.tool_calls import parse_tool_calls
 from spear_fast.rollout.tool_runner import ToolRunner, ToolTimeoutError
@@ -20,19 +22,11 @@ if TYPE_CHECKING:
     from spear_fast.envs.base import Tool
 
 
-class Chat(Protocol):
+class Chat(HistoryChat, Protocol):
     """What an episode needs of data/chat.py."""
 
     stop_ids: tuple[int, ...]
     end_of_turn: int
-
-    def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Tokens of the opening messages."""
-        ...
-
-    def continuation(self, messages: Sequence[dict[str, Any]], ended: bool) -> list[int]:
-        """Tokens of new messages behind a sampled one."""
-        ...
 
     def decode(self, tokens: Sequence[int]) -> tuple[str, bool]:
         """Text of sampled tokens, and whether it was readable."""
@@ -61,6 +55,8 @@ class EpisodeLimits:
     max_observation_chars: int
     tool_timeouts_s: Mapping[str, float] = field(default_factory=dict)
     tool_concurrency: Mapping[str, int] = field(default_factory=dict)
+    history: HistoryRule = HistoryRule()
+    """`max_tokens` bounds one row under it."""
 
     def tool_runner(self) -> ToolRunner:
         """Return what runs the tool calls of all trajectories that are under these limits."""
@@ -101,6 +97,7 @@ class Episode:
         self._chat = chat
         self._limits = limits
         self._seed = seed
+        self._history = History(chat, limits.history)
         self._tools = tools or limits.tool_runner()
         self._anchor: str | None = None
 
@@ -141,20 +138,21 @@ class Episode:
         if messages is None:
             system = [{"role": "system", "content": self._tasks.system_prompt}] if self._tasks.system_prompt else []
             messages = [*system, {"role": "user", "content": text}]
+        self.trajectory.task_type = info.get("task_type")
         self.trajectory.messages.extend(messages)
-        self._append(self._chat.prompt(messages))
+        self._append(self._history.open(messages))
 
     async def _speak(self, turn: int) -> Completion | None:
         """Sample one message; None when no token fits any more."""
         trajectory, limits = self.trajectory, self._limits
-        start = len(trajectory.tokens)
-        room = min(limits.max_turn_tokens, limits.max_tokens - start)
+        start, row_start = len(trajectory.tokens), trajectory.row_starts[-1]
+        room = min(limits.max_turn_tokens, limits.max_tokens - (start - row_start))
         if room < 1:
             return None
         completion = await self._engine.generate(
             GenerationRequest(
                 uid=trajectory.uid,
-                prompt=list(trajectory.tokens),
+                prompt=trajectory.tokens[row_start:],
                 max_tokens=room,
                 temperature=limits.temperature,
                 stop_ids=self._chat.stop_ids,
@@ -191,9 +189,17 @@ class Episode:
             replies = [{"role": "user", "content": self._shortened(observation)}]
         self.trajectory.messages.extend(replies)
         if not is_last:
-            ended = self.trajectory.tokens[-1] == self._chat.end_of_turn
-            self._append(self._chat.continuation(replies, ended))
+            self._feed(len(replies))
         return is_last
+
+    def _feed(self, num_new: int) -> None:
+        """Append what the policy reads before its next message."""
+        trajectory = self.trajectory
+        ended = trajectory.tokens[-1] == self._chat.end_of_turn
+        fed = self._history.follow(trajectory.messages, num_new, ended)
+        if fed.new_row:
+            trajectory.row_starts.append(len(trajectory.tokens))
+        self._append(fed.tokens)
 
     async def _call_tools(self, text: str, tools: Sequence[Tool]) -> list[dict[str, Any]]:
         replies = []

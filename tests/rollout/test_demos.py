@@ -14,30 +14,42 @@ from spear_fast.data.tokenizer import train_tokenizer
 from spear_fast.envs.registry import make_task_set
 from spear_fast.envs.tool_schema import tool_schema
 from spear_fast.errors import TaskError
-from spear_fast.rollout.demos import demonstrate, demonstration_row, demonstration_text
+from spear_fast.rollout.demos import demonstrate, demonstration_rows, demonstration_text
 from spear_fast.rollout.episode import Episode
+from spear_fast.rollout.history import HistoryRule
 from spear_fast.rollout.scripted_engine import ScriptedEngine
-from spear_fast.types import Trajectory
+from spear_fast.types import Trajectory, row_uid
 from tests.rollout.test_episode import LIMITS
 from tests.toys import GuessEnv, GuessTasks
 
 
-@pytest.mark.parametrize("name", ["calculator", "treasure"])
-def test_rows_equal_a_rollout_of_the_same_messages(name):
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("calculator", HistoryRule()),
+        ("treasure", HistoryRule()),
+        ("calculator", HistoryRule("windowed", window=1, drop_thoughts=False)),
+        ("treasure", HistoryRule("windowed", window=2)),
+    ],
+)
+def test_rows_equal_a_rollout_of_the_same_messages(name, rule):
     tasks = make_task_set(name, {}, seed=1)
     demos = demonstrate(tasks, 6, max_turns=30, seed=2)
     chat = Chat(train_tokenizer(map(demonstration_text, demos), 400), [tool_schema(tool) for tool in tasks.tools])
     for index, messages in enumerate(demos):
         spoken = iter([m["content"] for m in messages if m["role"] == "assistant"])
         trajectory = Trajectory(make_task(name, "demo", index, 2), 0, 0, 0, 0)
-        limits = replace(LIMITS, max_turns=30, max_tokens=4096, max_observation_chars=4096)
+        limits = replace(LIMITS, max_turns=30, max_tokens=4096, max_observation_chars=4096, history=rule)
         engine = ScriptedEngine(lambda _, spoken=spoken: chat.message(next(spoken)))
         asyncio.run(Episode(trajectory, tasks, engine, chat, limits, seed=0).run())
-        row = demonstration_row(messages, chat, uid=index)
+        rows = demonstration_rows(messages, chat, index, rule)
         assert trajectory.success
-        assert row.tokens.tolist() == trajectory.tokens
-        assert row.action_mask.tolist() == trajectory.action_mask
-        assert np.array_equal(row.advantages, row.action_mask.astype(np.float32))
+        assert [row.tokens.tolist() for row in rows] == [trajectory.tokens[a:b] for a, b in trajectory.row_spans]
+        masks = [trajectory.action_mask[a:b] for a, b in trajectory.row_spans]
+        assert [row.action_mask.tolist() for row in rows] == masks
+        assert len(rows) == (len(trajectory.turns) if rule.mode == "windowed" else 1)
+        assert [(row.uid, row.group_id) for row in rows] == [(row_uid(index, k), index) for k in range(len(rows))]
+        assert all(np.array_equal(row.advantages, row.action_mask.astype(np.float32)) for row in rows)
 
 
 def test_a_task_set_without_an_expert_is_refused():
