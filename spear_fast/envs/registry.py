@@ -16,6 +16,7 @@ from .base import TaskSet
 BUILT_IN = {
     "calculator": "spear_fast.envs.calculator:CalculatorTasks",
     "prompts": "spear_fast.envs.prompts:PromptTasks",
+    "sokoban": "spear_fast.envs.sokoban:SokobanTasks",
     "treasure": "spear_fast.envs.treasure:TreasureTasks",
 }
 """Where the built-in task sets live. Strings, so that a run imports only the one it uses."""
