@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,20 @@ class PromptRow:
         return self.text if self.messages is None else json.dumps(self.messages, sort_keys=True, default=str)
 
 
-def read_rows(path: Path) -> list[PromptRow]:
+Adapt = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+"""Given its place, brings a record of another shape into TRL's or verl's; raises TaskError where it cannot."""
+
+
+def read_rows(path: Path, adapt: Adapt | None = None) -> list[PromptRow]:
     """Return the rows of a .jsonl, .json (a list of objects) or .parquet file.
 
     TRL's shape: `prompt` is text or a list of messages; every other column goes to the reward function. verl's shape:
-    `prompt` is a list of messages; `reward_model.ground_truth` becomes the column `ground_truth`. Raises TaskError
-    naming file, line and field, MissingDependencyError for parquet without pyarrow.
+    `prompt` is a list of messages; `reward_model.ground_truth` becomes the column `ground_truth`. Other shapes
+    are for `adapt` to translate. Raises TaskError naming file, line and field, MissingDependencyError for parquet
+    without pyarrow.
     """
     try:
-        rows = [_row(place, record) for place, record in _records(path)]
+        rows = [_row(place, record, adapt) for place, record in _records(path)]
     except FileNotFoundError as error:
         raise TaskError(f"prompt file {path} does not exist; check task.params") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -90,9 +95,11 @@ def _parquet_records(path: Path) -> list[dict[str, Any]]:
         raise TaskError(f"{path} is not a parquet file: {error}") from error
 
 
-def _row(place: str, record: Any) -> PromptRow:
+def _row(place: str, record: Any, adapt: Adapt | None) -> PromptRow:
     if not isinstance(record, Mapping):
         raise TaskError(f"{place}: expected an object with the field 'prompt', got {type(record).__name__}")
+    if adapt is not None:
+        record = adapt(place, record)
     if "prompt" not in record:
         raise TaskError(f"{place}: field 'prompt' is missing; the row has {', '.join(record) or 'no fields'}")
     prompt = record["prompt"]

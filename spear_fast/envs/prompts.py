@@ -6,33 +6,28 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from spear_fast.config.schema import Section
-from spear_fast.errors import ConfigError, TaskError
+from spear_fast.errors import TaskError
 
 from .base import Info, StepResult, Tool
-from .prompt_rows import PromptRow, read_rows
+from .prompt_rows import PromptRow
 from .reward_functions import BUILT_IN, RewardFunction, call_arguments, load_reward, missing_columns
-from .splits import check_index, check_split, unit_hash
+from .row_splits import HeldOutParams, split_rows
+from .splits import check_index, check_split
 from .threads import Threads
 
 REWARD_THREADS = 16
 """Calls of a sync reward function that run at once. More would only compete for the interpreter."""
 
 
-class PromptParams(Section):
+class PromptParams(HeldOutParams):
     """The files and the reward."""
 
     train_file: str
     """Prompts in a .jsonl, .json or .parquet file, in TRL's or verl's columns."""
-    eval_file: str | None = None
-    """Held-out prompts."""
-    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Without eval_file: share of train_file that is held out, chosen by a hash of the prompt."""
     reward: str = "exact_match"
     """"exact_match", "numeric_match", "package.module:function" or "path/to/file.py:function". A function of yours
     runs in threads, several calls at once; one that needs the main thread (signals) must be async."""
@@ -43,8 +38,7 @@ class PromptParams(Section):
 
     @model_validator(mode="after")
     def _one_source_of_eval(self) -> PromptParams:
-        if (self.eval_file is None) == (self.eval_fraction is None):
-            raise ValueError("set either task.params.eval_file or task.params.eval_fraction, and only one of them")
+        self.check_held_out()
         return self
 
 
@@ -104,7 +98,7 @@ class PromptTasks:
         self.tools: Sequence[Tool] = ()
         self.reward: RewardFunction = load_reward(params.reward)
         self._threads = Threads(REWARD_THREADS)
-        self._rows = _split_rows(params)
+        self._rows = split_rows(params.train_file, params)
         for row in (*self._rows["train"], *self._rows["eval"]):
             _check_columns(row, self.reward, params.reward)
 
@@ -140,37 +134,6 @@ class PromptTasks:
     @property
     def _sizes(self) -> dict[str, int]:
         return {split: len(rows) for split, rows in self._rows.items()}
-
-
-def _split_rows(params: PromptParams) -> dict[str, list[PromptRow]]:
-    rows = read_rows(Path(params.train_file))
-    if params.eval_file is not None:
-        split = {"train": rows, "eval": read_rows(Path(params.eval_file))}
-        _check_disjoint(split)
-        return split
-    share = params.eval_fraction or 0.0
-    # Equal prompts have equal hashes, so a repeated prompt stays on one side.
-    held_out = [unit_hash(row.identity) < share for row in rows]
-    split = {
-        "train": [row for row, out in zip(rows, held_out, strict=True) if not out],
-        "eval": [row for row, out in zip(rows, held_out, strict=True) if out],
-    }
-    if not all(split.values()):
-        raise ConfigError(
-            f"task.params.eval_fraction={share} leaves a split of {params.train_file} ({len(rows)} rows) empty; "
-            f"change it or give more rows"
-        )
-    return split
-
-
-def _check_disjoint(split: dict[str, list[PromptRow]]) -> None:
-    held_out = {row.identity: row.place for row in split["eval"]}
-    shared = [row for row in split["train"] if row.identity in held_out]
-    if shared:
-        raise TaskError(
-            f"{len(shared)} prompts are in both task.params.train_file and eval_file, the first at {shared[0].place} "
-            f"and {held_out[shared[0].identity]}; remove them from one"
-        )
 
 
 def _check_columns(row: PromptRow, reward: RewardFunction, name: str) -> None:
