@@ -23,8 +23,9 @@ class RunResult:
     ending: Ending
     return_code: int | None
     stdout: str
-    """Decoded as UTF-8 with replacement; cut at the sandbox's limit of output."""
+    """Decoded as UTF-8 with replacement; at the sandbox's limit of output the rest is left out."""
     stderr: str
+    """Likewise; here the end is kept, which says what went wrong."""
     execution_time: float
     """Seconds of wall time."""
     message: str = ""

@@ -34,7 +34,7 @@ class SandboxParams(Section):
     """Processes and threads of a program."""
     disk_mb: Positive = 64
     """Files of a program, in MiB; they are kept in memory."""
-    preload: list[str] = ["math", "numpy", "sympy"]
+    preload: list[str] = Field(["math", "numpy", "sympy"])
     """Modules that a bubblewrap worker has imported before the program starts."""
 
     @model_validator(mode="after")
@@ -62,7 +62,8 @@ def make_sandbox(params: SandboxParams) -> Sandbox:
         from .monty import MontySandbox
 
         return MontySandbox(params.workers, params.memory_mb, params.max_output_chars)
-    from .bubblewrap import BubblewrapSandbox, Limits
+    from .bubblewrap import BubblewrapSandbox
+    from .jail import Limits
 
     _check_installed(params.preload)
     limits = Limits(params.memory_mb, params.max_output_chars, params.max_processes, params.disk_mb)
