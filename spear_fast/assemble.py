@@ -209,7 +209,15 @@ def make_collector(config: RunConfig, tasks: TaskSet, policy: Policy, engine: En
         history=history_rule(config),
     )
     if rollout.mode == "sync":
-        return Collector(tasks, engine, policy.chat, limits, max_concurrent=rollout.max_concurrent, seed=config.seed)
+        return Collector(
+            tasks,
+            engine,
+            policy.chat,
+            limits,
+            max_concurrent=rollout.max_concurrent,
+            seed=config.seed,
+            refill_attempts=rollout.refill_attempts,
+        )
     return PartialCollector(
         tasks,
         engine,
@@ -217,6 +225,7 @@ def make_collector(config: RunConfig, tasks: TaskSet, policy: Policy, engine: En
         limits,
         max_concurrent=rollout.max_concurrent,
         seed=config.seed,
+        refill_attempts=rollout.refill_attempts,
         oversample=rollout.oversample,
         max_stale_steps=rollout.max_stale_steps,
     )

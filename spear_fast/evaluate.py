@@ -8,6 +8,7 @@ from spear_fast.config.schema import RunConfig
 from spear_fast.data.prompts import eval_tasks
 from spear_fast.dist import Ranks
 from spear_fast.envs.base import TaskSet
+from spear_fast.rewards.breakdown import success_by_type
 from spear_fast.rollout.collection import Collection, merge, refuse_total_failure, rollout_stats
 from spear_fast.rollout.collector import Collector
 from spear_fast.statistics import wilson
@@ -34,7 +35,8 @@ def evaluate(
     for whatever reason counts as no success. `attempt` runs the rollout, again if its engine died.
 
     Returns:
-        Statistics `eval/...` with the 95 % Wilson interval over tasks, and the groups. With several samples per task
+        Statistics `eval/...` with the 95 % Wilson interval over tasks and, where tasks have types, the success of each
+        as `eval/success/<type>`, and the groups. With several samples per task
         the interval treats a task as one trial, which is conservative.
 
     Raises:
@@ -70,4 +72,5 @@ def evaluate(
         "eval/tool_calls_mean": mean_calls,
         "eval/turns_mean": stats["rollout/turns_mean"],
         "eval/failed_frac": sum(not trajectory.status.usable for trajectory in trajectories) / len(trajectories),
+        **success_by_type(trajectories, "eval/success"),
     }, groups

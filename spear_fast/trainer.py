@@ -242,8 +242,11 @@ class Trainer:
         refuse_total_failure(groups)
         metrics.add(rollout_stats(collection))
         failed = [t for group in groups for t in group.trajectories if not t.status.usable]
-        if failed:
-            self.progress.note(f"{len(failed)} trajectories failed, e.g. {failed[0].status.value}: {failed[0].error}")
+        if failures := [*failed, *collection.replaced]:
+            self.progress.note(
+                f"{len(failures)} trajectories failed and {len(collection.replaced)} of them were played again, e.g. "
+                f"{failures[0].status.value}: {failures[0].error}"
+            )
         for group in groups:
             group.trajectories = [trajectory for trajectory in group.trajectories if trajectory.status.usable]
         return [group for group in groups if group.trajectories]

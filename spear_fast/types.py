@@ -7,6 +7,7 @@ prompt, `P` prompts, `V` vocabulary, `H` hidden width. Log-probabilities are nat
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,6 +25,11 @@ _UID_BITS = 44
 def row_uid(uid: int, part: int) -> int:
     """Return the uid of row `part` (0, 1, ...) of trajectory `uid`; the first row has that of its trajectory."""
     return uid | part << _UID_BITS
+
+
+def split_row_uid(uid: int) -> tuple[int, int]:
+    """Return the trajectory's uid and the part of which `row_uid` made `uid`."""
+    return uid & (1 << _UID_BITS) - 1, uid >> _UID_BITS
 
 
 class Status(str, Enum):
@@ -81,8 +87,8 @@ class Trajectory:
         logps        0 0 0 x x x 0 0 0 x x     (log-prob of the sampled token, nats)
         turns        [Turn(3, 6), Turn(9, 11)]
 
-    It is one row, a sequence in which each token was sampled after all those before it, or several rows one behind the
-    other (see `rollout.history`): with `row_starts` [0, 6] above, `O O O` would be the whole prompt of the second `A A`.
+    It is one row, in which every token was sampled after all those before it, or several rows one behind the other
+    (see rollout/history.py): with `row_starts` [0, 6] above, `O O O` is the whole prompt of the second message.
     """
 
     task: Task
@@ -121,7 +127,7 @@ class Trajectory:
     filtered: str | None = None
     """Why the Dr.BoT filters zero its mask, or None."""
     advantages: np.ndarray | None = None
-    """float32 [L], filled by advantages/; zero outside action tokens."""
+    """float32 [L] as `tokens`, filled by advantages/; zero outside action tokens."""
 
     @property
     def num_action_tokens(self) -> int:
@@ -132,6 +138,10 @@ class Trajectory:
     def row_spans(self) -> list[tuple[int, int]]:
         """Begin and end of each row in `tokens`."""
         return list(zip(self.row_starts, [*self.row_starts[1:], len(self.tokens)], strict=True))
+
+    def row_turns(self, part: int) -> list[Turn]:
+        """Return the turns in row `part`."""
+        return [turn for turn in self.turns if bisect_right(self.row_starts, turn.start) == part + 1]
 
 
 @dataclass

@@ -33,8 +33,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 class Chat:
     """Renders messages with the tokenizer's chat template.
 
-    A row is built append-only: `prompt` once, then sampled tokens as they came, then `continuation` for each
-    tool result or observation, as long as the template does not show earlier messages otherwise (`rewrites`). Special tokens inside environment text are defused, so that a tool cannot end a turn.
+    A row is built append-only: `prompt` once, then sampled tokens as they came, then `continuation` for each tool
+    result or observation, as long as the template does not show earlier messages otherwise (`rewrites`). Special tokens
+    inside environment text are defused, so that a tool cannot end a turn.
     """
 
     def __init__(

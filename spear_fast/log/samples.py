@@ -56,6 +56,7 @@ def _record(step: int, trajectory: Trajectory) -> dict[str, Any]:
         "group_id": trajectory.group_id,
         "sample": trajectory.sample,
         "task": asdict(trajectory.task),
+        "task_type": trajectory.task_type,
         "version": trajectory.version,
         "status": trajectory.status.value,
         "error": trajectory.error,
@@ -65,6 +66,7 @@ def _record(step: int, trajectory: Trajectory) -> dict[str, Any]:
         "intrinsic_reward": trajectory.intrinsic_reward,
         "tool_calls": trajectory.num_tool_calls,
         "tokens": len(trajectory.tokens),
+        "rows": len(trajectory.row_starts),
         "action_tokens": trajectory.num_action_tokens,
         "filtered": trajectory.filtered,
         "turn_advantages": _turn_advantages(trajectory),
@@ -80,6 +82,11 @@ def _turn_advantages(trajectory: Trajectory) -> list[float] | None:
     return [float(advantages[turn.start : turn.end].mean()) for turn in trajectory.turns if turn.end > turn.start]
 
 
+def _in_rows(trajectory: Trajectory) -> str:
+    count = len(trajectory.row_starts)
+    return f", in {count} rows" if count > 1 else ""
+
+
 def _page_of(trajectory: Trajectory) -> str:
     task = trajectory.task
     advantages = _turn_advantages(trajectory)
@@ -89,7 +96,7 @@ def _page_of(trajectory: Trajectory) -> str:
         f"reward {trajectory.reward:.3f} (outcome {trajectory.outcome_reward:.3f}, "
         f"intrinsic {trajectory.intrinsic_reward:.3f})",
         f"{trajectory.num_tool_calls} tool calls, {trajectory.num_action_tokens} of {len(trajectory.tokens)} "
-        "tokens sampled",
+        f"tokens sampled{_in_rows(trajectory)}",
     ]
     if advantages is not None:
         facts.append("advantage per turn " + ", ".join(f"{value:+.3f}" for value in advantages))

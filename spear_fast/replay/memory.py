@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError
-from ..types import Group, Row
+from ..types import Group, Row, split_row_uid
 from .baseline import BaselineQueue, group_statistics
 from .blocks import Block
 from .buffer import ReplayBuffer
@@ -21,6 +21,10 @@ class ReplayMemory:
     A row is stored if A > 0 and it acted validly, dropped when older than `tolerate_steps` policy versions, and
     eligible if its recalibrated advantage A~ > 0 at the time of the draw. The second half of the dual filter comes
     before counting and drawing, as in the authors' code, so that a draw is never thinned afterwards.
+
+    A trajectory may be several rows (see rollout/history.py). Each is admitted by its own advantage, which GiGPO sets
+    apart from those of its siblings, then counted and drawn alone, as in the authors' text games; R is that of its
+    trajectory.
 
     Numbers are those of the replay section of the configuration; `std_norm` is that of the on-policy advantage.
     `require_tool_call` must be False for tasks without tools. Raises ConfigError for a value out of range.
@@ -39,7 +43,7 @@ class ReplayMemory:
         std_norm: bool,
     ) -> None:
         if buffer_size < 1:
-            raise ConfigError(f"buffer_size={buffer_size} must be at least 1 trajectory")
+            raise ConfigError(f"buffer_size={buffer_size} must be at least 1 row")
         if recalibrate not in ("p50", "decay", "none"):
             raise ConfigError(f"recalibrate={recalibrate!r} is unknown; use 'p50', 'decay' or 'none'")
         self._buffer = ReplayBuffer()
@@ -60,14 +64,15 @@ class ReplayMemory:
         are stored. Returns `replay/` statistics. Raises ValueError for a row whose trajectory is not in `groups`.
         """
         self._baseline.push(*group_statistics(groups))
-        trajectories = {trajectory.uid: trajectory for group in groups for trajectory in group.trajectories}
-        unknown = [row.uid for row in rows if row.uid not in trajectories]
+        trajectory_of = {trajectory.uid: trajectory for group in groups for trajectory in group.trajectories}
+        origins = [split_row_uid(row.uid) for row in rows]
+        unknown = [uid for uid, _ in origins if uid not in trajectory_of]
         if unknown:
             raise ValueError(f"rows uid={unknown[:5]} have no trajectory in the groups; offer both of the same step")
         block = Block.of_rows(rows)
         admitted = [
-            admits(trajectories[row.uid], advantage, self._require_tool_call)
-            for row, advantage in zip(rows, block.rows["advantage"].tolist(), strict=True)
+            admits(trajectory_of[uid], advantage, self._require_tool_call, part)
+            for (uid, part), advantage in zip(origins, block.rows["advantage"].tolist(), strict=True)
         ]
         self._buffer.add(block.keep(np.array(admitted, dtype=bool)))
         return {

@@ -7,17 +7,18 @@ import numpy as np
 from ..types import Trajectory
 
 
-def admits(trajectory: Trajectory, advantage: float, require_tool_call: bool) -> bool:
-    """Return whether a trajectory is worth storing: A > 0, and it acted validly.
+def admits(trajectory: Trajectory, advantage: float, require_tool_call: bool, part: int = 0) -> bool:
+    """Return whether row `part` of a trajectory is worth storing: A > 0, and the policy acted validly.
 
-    `advantage` is the mean over its action tokens. Acting validly means at least one valid tool call, or without
-    `require_tool_call` (text games, whose actions are plain messages) at least one valid turn.
+    `advantage` is the mean over the row's action tokens. Acting validly means at least one valid tool call in the
+    trajectory, or without `require_tool_call` (text games, whose actions are plain messages) at least one valid turn
+    in the row.
     Source: SPEAR (arXiv 2509.22601), the buffer keeps A > 0; the tool call is the authors' code.
     """
     if require_tool_call:
         acted = trajectory.num_valid_tool_calls > 0
     else:
-        acted = any(turn.action_valid for turn in trajectory.turns)
+        acted = any(turn.action_valid for turn in trajectory.row_turns(part))
     return advantage > 0.0 and acted
 
 

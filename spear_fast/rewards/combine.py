@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..types import Group, Trajectory
+from .breakdown import success_by_type
 from .outcome import outcome_reward
 from .tool_call import Count, Variant, intrinsic_reward
 
@@ -11,8 +12,9 @@ def score(groups: list[Group], *, mu: float, variant: Variant, count: Count, per
     """Fill `intrinsic_reward` and `reward` of every usable trajectory; return the statistics of `reward/`.
 
     `mu` is the weight of this step (`schedules.intrinsic_weight`); `variant`, `count` and `per_call` are those of
-    `tool_call.intrinsic_reward`. Unusable trajectories are left as they are, and with none usable only `reward/mu` is
-    returned. Raises TaskError for an outcome that is not finite, ValueError for an unknown variant or count.
+    `tool_call.intrinsic_reward`. Success is also given by task type, as `reward/success/<type>`. Unusable trajectories
+    are left as they are, and with none usable only `reward/mu` is returned. Raises TaskError for an outcome that is not
+    finite, ValueError for an unknown variant or count.
     Source: SPEAR (arXiv 2509.22601), R = R_outcome + mu(step) * R_tool.
     """
     usable = [trajectory for group in groups for trajectory in group.trajectories if trajectory.status.usable]
@@ -35,4 +37,5 @@ def _means(trajectories: list[Trajectory]) -> dict[str, float]:
         "reward/success_rate": sum(trajectory.success for trajectory in trajectories),
         "reward/tool_calls_mean": sum(trajectory.num_tool_calls for trajectory in trajectories),
     }
-    return {name: total / len(trajectories) for name, total in sums.items()}
+    means = {name: total / len(trajectories) for name, total in sums.items()}
+    return means | success_by_type(trajectories, "reward/success")

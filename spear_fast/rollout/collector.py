@@ -12,18 +12,29 @@ from typing import Any
 from spear_fast.envs.base import TaskSet
 from spear_fast.envs.threads import threads_left
 from spear_fast.errors import EngineError
-from spear_fast.rollout.collection import Collection
+from spear_fast.rollout.collection import Collection, Failure
 from spear_fast.rollout.engine import Engine
 from spear_fast.rollout.episode import Chat, Episode, EpisodeLimits, Sampler
 from spear_fast.seeds import derive_seed
 from spear_fast.types import Group, Task, Trajectory
+
+Part = tuple[Group, Episode]
+"""An episode and the group that its trajectory belongs to."""
 
 
 class Collector:
     """Rolls out groups of trajectories with an engine. Close it to end its event loop."""
 
     def __init__(
-        self, tasks: TaskSet, engine: Engine, chat: Chat, limits: EpisodeLimits, *, max_concurrent: int, seed: int
+        self,
+        tasks: TaskSet,
+        engine: Engine,
+        chat: Chat,
+        limits: EpisodeLimits,
+        *,
+        max_concurrent: int,
+        seed: int,
+        refill_attempts: int = 0,
     ) -> None:
         """
         Args:
@@ -33,6 +44,8 @@ class Collector:
             limits: Limits of each trajectory.
             max_concurrent: Trajectories in flight.
             seed: Of the run; a draw depends on it, on `tag` and on the trajectory's place only.
+            refill_attempts: How often a trajectory of a training step that failed is played again, with draws that
+                also depend on the attempt. Evaluations count it as it is: a policy that breaks its environment fails.
         """
         self._tasks = tasks
         self._engine = engine
@@ -41,6 +54,8 @@ class Collector:
         self._max_concurrent = max_concurrent
         self._seed = seed
         self._tool_runner = limits.tool_runner()
+        self._refill_attempts = refill_attempts
+        self._replaced: list[Failure] = []
         self._runner = asyncio.Runner()
 
     def collect(
@@ -52,6 +67,7 @@ class Collector:
         first_uid: int = 0,
         temperature: float | None = None,
         share: Sequence[int] | None = None,
+        refill: bool = False,
     ) -> Collection:
         """Roll out `group_size` trajectories for each task.
 
@@ -63,17 +79,18 @@ class Collector:
             temperature: Instead of the limits' own; 0 is greedy.
             share: Places in `tasks` that this rank rolls out, ascending; None takes all. Ids and draws follow from a
                 trajectory's place in the whole list, so they do not depend on how it is shared.
+            refill: Play trajectories that failed again, `refill_attempts` times at most.
 
         Returns:
             The groups of the share, whose ids are their places in `tasks`; failed trajectories included.
         """
         limits = self._limits if temperature is None else replace(self._limits, temperature=temperature)
-        groups, episodes = self._prepare(
+        groups, parts = self._prepare(
             tasks, group_size, share, tag=tag, first_uid=first_uid, limits=limits, sampler=self._engine
         )
         started = time.perf_counter()
-        self._run(self._run_all(episodes))
-        return self._collection(groups, started)
+        self._run(self._run_all(parts, self._refill_attempts if refill else 0))
+        return self._collection(groups, started, replaced=self._take_replaced() if refill else ())
 
     def wanted(self, prompts_per_step: int) -> int:
         """Return how many tasks the next step starts over all ranks, given how many groups it needs."""
@@ -99,7 +116,7 @@ class Collector:
             first_uid: Trajectories started before in the run; those of `tasks` get the next uids.
             share: Places in `tasks` that are this rank's, as many as `num_groups`; None takes all.
         """
-        return self.collect(tasks, group_size, tag=f"train/{step}", first_uid=first_uid, share=share)
+        return self.collect(tasks, group_size, tag=f"train/{step}", first_uid=first_uid, share=share, refill=True)
 
     def pending_tasks(self) -> list[Task]:
         """Return this rank's tasks that were started and whose groups no step has returned: none."""
@@ -123,10 +140,10 @@ class Collector:
         limits: EpisodeLimits,
         sampler: Sampler,
         first_group: int = 0,
-    ) -> tuple[list[Group], deque[Episode]]:
-        """The empty groups of a share, and their episodes in the same order."""
+    ) -> tuple[list[Group], deque[Part]]:
+        """The groups of a share with empty trajectories, and the episodes that fill these, in the same order."""
         groups: list[Group] = []
-        episodes: deque[Episode] = deque()
+        parts: deque[Part] = deque()
         for index in range(len(tasks)) if share is None else share:
             group = Group(first_group + index, tasks[index], [])
             groups.append(group)
@@ -135,12 +152,37 @@ class Collector:
                 trajectory = Trajectory(group.task, group.group_id, sample, first_uid + place, version=0)
                 group.trajectories.append(trajectory)
                 seed = derive_seed(self._seed, tag, place)
-                episodes.append(Episode(trajectory, self._tasks, sampler, self._chat, limits, seed, self._tool_runner))
-        return groups, episodes
+                episode = Episode(trajectory, self._tasks, sampler, self._chat, limits, seed, self._tool_runner)
+                parts.append((group, episode))
+        return groups, parts
 
-    def _collection(self, groups: list[Group], started: float, num_paused: int = 0) -> Collection:
+    async def _play(self, group: Group, episode: Episode, refill_attempts: int) -> None:
+        """Play an episode; as long as its trajectory fails, put a new one in its place, at most so many times.
+
+        When the engine is dead every trajectory fails, which is mended elsewhere.
+        """
+        for attempt in range(1, refill_attempts + 2):
+            trajectory = await episode.run()
+            if trajectory.status.usable or attempt > refill_attempts or not self._engine.alive:
+                return
+            self._replaced.append(Failure(trajectory.status, trajectory.error))
+            episode = episode.again(attempt)
+            group.trajectories[trajectory.sample] = episode.trajectory
+
+    def _take_replaced(self) -> tuple[Failure, ...]:
+        replaced, self._replaced = self._replaced, []
+        return tuple(replaced)
+
+    def _collection(
+        self, groups: list[Group], started: float, num_paused: int = 0, replaced: tuple[Failure, ...] = ()
+    ) -> Collection:
         return Collection(
-            groups, time.perf_counter() - started, self._engine.weights_version, num_paused, threads_left()
+            groups,
+            time.perf_counter() - started,
+            self._engine.weights_version,
+            num_paused,
+            replaced,
+            threads_left(),
         )
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
@@ -163,14 +205,15 @@ class Collector:
                 raise
 
     def _give_up(self) -> None:
+        self._replaced.clear()
         self._engine.abort()
 
-    async def _run_all(self, episodes: deque[Episode]) -> None:
+    async def _run_all(self, parts: deque[Part], refill_attempts: int) -> None:
         async def work() -> None:
             with self._engine.participant():
-                while episodes:
-                    await episodes.popleft().run()
+                while parts:
+                    await self._play(*parts.popleft(), refill_attempts)
 
         async with asyncio.TaskGroup() as workers:
-            for _ in range(min(self._max_concurrent, len(episodes))):
+            for _ in range(min(self._max_concurrent, len(parts))):
                 workers.create_task(work())

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from spear_fast.envs.base import Environment, Info, TaskSet
 from spear_fast.errors import EngineError, TaskError
 from spear_fast.rollout.engine import Completion, GenerationRequest
+from spear_fast.rollout.history import FULL, History, HistoryRule
 from spear_fast.rollout.history import Chat as HistoryChat
-from spear_fast.rollout.history import History, HistoryRule
 from spear_fast.rollout.timeouts import within
 from spear_fast.rollout.tool_calls import parse_tool_calls
 from spear_fast.rollout.tool_runner import ToolRunner, ToolTimeoutError
@@ -55,7 +55,7 @@ class EpisodeLimits:
     max_observation_chars: int
     tool_timeouts_s: Mapping[str, float] = field(default_factory=dict)
     tool_concurrency: Mapping[str, int] = field(default_factory=dict)
-    history: HistoryRule = HistoryRule()
+    history: HistoryRule = FULL
     """`max_tokens` bounds one row under it."""
 
     def tool_runner(self) -> ToolRunner:
@@ -100,6 +100,13 @@ class Episode:
         self._history = History(chat, limits.history)
         self._tools = tools or limits.tool_runner()
         self._anchor: str | None = None
+
+    def again(self, attempt: int) -> Episode:
+        """Return the same episode at its beginning, with an empty trajectory and the draws of its repeat `attempt`."""
+        old = self.trajectory
+        fresh = Trajectory(old.task, old.group_id, old.sample, old.uid, version=0)
+        seed = derive_seed(self._seed, "again", attempt)
+        return Episode(fresh, self._tasks, self._engine, self._chat, self._limits, seed, self._tools)
 
     async def run(self) -> Trajectory:
         """Play the episode and return the filled trajectory."""

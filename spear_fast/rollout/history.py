@@ -1,4 +1,4 @@
-"""What the policy is fed before each of its messages: a row that grows, a window of the last exchanges, or a new row."""
+"""What the policy is fed before each of its messages: a row that grows, a window of exchanges, or a new row."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ class HistoryRule:
     mode: Literal["full", "windowed"] = "full"
     window: int = 2
     drop_thoughts: bool = True
+
+
+FULL = HistoryRule()
+"""The whole conversation."""
 
 
 class Fed(NamedTuple):

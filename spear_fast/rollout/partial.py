@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from spear_fast.envs.base import TaskSet
 from spear_fast.errors import EngineError
 from spear_fast.rollout.collection import Collection
-from spear_fast.rollout.collector import Collector
+from spear_fast.rollout.collector import Collector, Part
 from spear_fast.rollout.engine import Engine
-from spear_fast.rollout.episode import Chat, Episode, EpisodeLimits
+from spear_fast.rollout.episode import Chat, EpisodeLimits
 from spear_fast.rollout.gate import Gate
 from spear_fast.types import Group, Task
 
@@ -47,17 +47,26 @@ class PartialCollector(Collector):
         *,
         max_concurrent: int,
         seed: int,
+        refill_attempts: int = 0,
         oversample: float,
         max_stale_steps: int,
     ) -> None:
         """
         Args:
-            tasks, engine, chat, limits, max_concurrent, seed: As of `Collector`.
+            tasks, engine, chat, limits, max_concurrent, seed, refill_attempts: As of `Collector`.
             oversample: Groups in flight, as a multiple of those that a step needs.
             max_stale_steps: A group that was started this many steps ago is waited for. A step hands out the oldest
                 finished groups first, so that none is older then, as long as `oversample` is at most 2.
         """
-        super().__init__(tasks, engine, chat, limits, max_concurrent=max_concurrent, seed=seed)
+        super().__init__(
+            tasks,
+            engine,
+            chat,
+            limits,
+            max_concurrent=max_concurrent,
+            seed=seed,
+            refill_attempts=refill_attempts,
+        )
         self._oversample = oversample
         self._max_stale_steps = max_stale_steps
         self._gate = Gate(engine)
@@ -94,7 +103,7 @@ class PartialCollector(Collector):
         Raises:
             EngineError: Fewer than `num_groups` groups are in flight.
         """
-        groups, episodes = self._prepare(
+        groups, parts = self._prepare(
             tasks,
             group_size,
             share,
@@ -110,19 +119,19 @@ class PartialCollector(Collector):
                 "many tasks as PartialCollector.wanted says"
             )
         started = time.perf_counter()
-        self._run(self._run_step(groups, episodes, step, num_groups))
+        self._run(self._run_step(groups, parts, step, num_groups))
         self._is_filled = True
         finished = [held for held in self._held if not held.unfinished][:num_groups]
         self._held = [held for held in self._held if held not in finished]
         num_paused = sum(held.unfinished > 0 for held in self._held)
-        return self._collection([held.group for held in finished], started, num_paused)
+        return self._collection([held.group for held in finished], started, num_paused, self._take_replaced())
 
-    async def _run_step(self, groups: list[Group], episodes: deque[Episode], step: int, num_groups: int) -> None:
+    async def _run_step(self, groups: list[Group], parts: deque[Part], step: int, num_groups: int) -> None:
         for group in groups:
             held = _Held(group, step, len(group.trajectories))
             self._held.append(held)
-            for _ in group.trajectories:
-                task = asyncio.create_task(self._play(held, episodes.popleft()))
+            for _ in range(len(group.trajectories)):
+                task = asyncio.create_task(self._play_held(held, parts.popleft()))
                 self._played.add(task)
                 task.add_done_callback(self._played.discard)
         self._go_on()
@@ -131,14 +140,14 @@ class PartialCollector(Collector):
             await self._advanced.wait()
         await self._stand_still()
 
-    async def _run_all(self, episodes: deque[Episode]) -> None:
+    async def _run_all(self, parts: deque[Part], refill_attempts: int) -> None:
         self._go_on()
-        await super()._run_all(episodes)
+        await super()._run_all(parts, refill_attempts)
         await self._stand_still()
 
-    async def _play(self, held: _Held, episode: Episode) -> None:
+    async def _play_held(self, held: _Held, part: Part) -> None:
         async with self._places, self._gate.outing():
-            await episode.run()
+            await self._play(*part, self._refill_attempts)
         held.unfinished -= 1
         self._advanced.set()
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spear_fast.batching import Counts, collate, count, pack, rows_from_groups, split
-from spear_fast.types import Group, Row, Status, Task, Trajectory
+from spear_fast.types import Group, Row, Status, Task, Trajectory, split_row_uid
 
 TASK = Task("calculator", "train", 0, seed=0)
 MASKS = st.lists(st.booleans(), max_size=8).map(lambda tail: [False, *tail])
@@ -180,6 +180,20 @@ def test_rows_leave_out_what_must_not_be_learnt() -> None:
     ]
     groups = [Group(5, TASK, members), Group(6, TASK, [trajectory(5)])]
     assert [row.uid for row in rows_from_groups(groups)] == [4, 5]
+
+
+def test_a_trajectory_of_several_contexts_gives_a_row_for_each() -> None:
+    mask = [False, True, False, False, False, True, False, False, True, True]
+    made = trajectory(11, tokens=list(range(10)), action_mask=mask, logps=[-0.1 * i for i in range(10)])
+    made.row_starts = [0, 2, 4, 7]
+    made.advantages = np.arange(10, dtype=np.float32)
+    rows = rows_from_groups([Group(5, TASK, [made, trajectory(12)])])
+    assert [row.tokens.tolist() for row in rows] == [[0, 1], [4, 5], [7, 8, 9], [4, 5, 6]], "no row of only a prompt"
+    assert [row.action_mask.tolist() for row in rows[:3]] == [[False, True], [False, True], [False, True, True]]
+    assert [row.advantages.tolist() for row in rows[:3]] == [[0, 1], [4, 5], [7, 8, 9]]
+    assert rows[2].old_logp.tolist() == pytest.approx([-0.7, -0.8, -0.9])
+    assert [split_row_uid(row.uid) for row in rows] == [(11, 0), (11, 2), (11, 3), (12, 0)]
+    assert rows[0].uid == 11, "the draws of a trajectory of one row must not change"
 
 
 def test_rows_are_copies() -> None:
