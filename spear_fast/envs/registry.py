@@ -16,6 +16,7 @@ from .base import TaskSet
 BUILT_IN = {
     "calculator": "spear_fast.envs.calculator:CalculatorTasks",
     "prompts": "spear_fast.envs.prompts:PromptTasks",
+    "shopping": "spear_fast.envs.shopping:ShoppingTasks",
     "sokoban": "spear_fast.envs.sokoban:SokobanTasks",
     "treasure": "spear_fast.envs.treasure:TreasureTasks",
 }
@@ -81,13 +82,17 @@ def make_task_set(name: str, params: Mapping[str, Any], seed: int) -> TaskSet:
 
     `seed` decides which problems are drawn. Raises ConfigError listing every wrong parameter as `task.params.<key>`.
     """
-    found = task_set_class(name)
+    return task_set_class(name)(checked_params(name, params), seed)
+
+
+def checked_params(name: str, params: Mapping[str, Any]) -> BaseModel:
+    """Return `params` as the `Params` of task set `name`. Raises ConfigError like `make_task_set`."""
+    model = task_set_class(name).Params
     try:
-        checked = found.Params.model_validate(dict(params))
+        return model.model_validate(dict(params))
     except ValidationError as error:
-        problems = [_sentence(dict(detail), found.Params) for detail in error.errors()]
+        problems = [_sentence(dict(detail), model) for detail in error.errors()]
         raise ConfigError(f"task {name!r}:\n" + "\n".join(f"  - {problem}" for problem in problems)) from error
-    return found(checked, seed)
 
 
 def _import_attribute(name: str, location: str) -> Any:
