@@ -1,4 +1,4 @@
-"""The policy a run starts from: loaded or built, then taught the tool format on expert demonstrations."""
+"""The policy a run starts from: loaded or built, then taught the tool format on demonstrations."""
 
 from __future__ import annotations
 
@@ -6,25 +6,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from spear_fast.assemble import Policy, build_policy, history_rule, load_policy, make_trainable
 from spear_fast.config.schema import RunConfig
 from spear_fast.dist import Ranks
 from spear_fast.envs.base import TaskSet
-from spear_fast.rollout.demos import demonstrate, demonstration_rows
+from spear_fast.errors import ConfigError
+from spear_fast.imitation import Imitation
+from spear_fast.rollout.demo_file import read_demos
+from spear_fast.rollout.demos import Messages, demonstrate, demonstration_rows
 from spear_fast.run_folder import RunFolder
-from spear_fast.seeds import derive_seed
 from spear_fast.types import Row
-from spear_fast.update.optimizer import OptimizerSettings
-from spear_fast.update.step import LossGroup, Updater
-from spear_kernels import PolicyLossConfig
 
 if TYPE_CHECKING:
     from spear_fast.log.progress import Progress
-
-IMITATION = PolicyLossConfig(kind="reinforce", aggregation="token-mean")
-"""With advantage 1 on the expert's tokens, REINFORCE is the negative log-likelihood."""
 
 
 def start_folder(config: RunConfig, folder: RunFolder) -> Path:
@@ -46,56 +40,56 @@ def prepare_start(config: RunConfig, tasks: TaskSet, progress: Progress, ranks: 
     demos = []
     if cold.steps:
         progress.phase("demonstrations")
-        demos = demonstrate(tasks, cold.num_demos, max_turns=config.rollout.max_turns, seed=config.seed)
-    path = config.model.path
-    policy = build_policy(config, tasks, demos) if path is None else load_policy(path, config, tasks)
-    make_trainable(policy, config, ranks)
+        demos = load_demos(config, tasks)
+    policy = untaught_policy(config, tasks, demos, ranks)
     if demos:
         progress.phase("cold start")
-        history = history_rule(config)
-        rows = [
-            row for uid, messages in enumerate(demos) for row in demonstration_rows(messages, policy.chat, uid, history)
-        ]
-        stats = imitate(policy, rows, config)
+        imitation = Imitation(policy.model, demo_rows(demos, policy, config), config)
+        losses = [imitation.step()["update/loss"] for _ in range(cold.steps)]
         progress.note(
             f"cold start: {cold.steps} steps on {len(demos)} demonstrations, "
-            f"loss {stats['first']:.3f} -> {stats['last']:.3f} nats per token"
+            f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token"
         )
     policy.save(folder, ranks)
 
 
-def imitate(policy: Policy, rows: Sequence[Row], config: RunConfig) -> dict[str, float]:
-    """Train on demonstrations for `cold_start.steps` optimizer steps.
+def load_demos(config: RunConfig, tasks: TaskSet) -> list[Messages]:
+    """Return the demonstrations to learn from: those of `cold_start.demos_file`, or played by the task's expert.
 
-    Returns:
-        The loss of the first and of the last step, nats per action token.
+    Raises:
+        TaskError: The file cannot be used, or there is no expert, or it failed.
     """
     cold = config.cold_start
-    settings = OptimizerSettings(
-        lr=cold.lr, warmup_steps=cold.warmup_steps, total_steps=cold.steps, grad_clip=config.update.grad_clip
-    )
-    updater = Updater(
-        policy.model,
-        settings,
-        token_budget=config.update.token_budget,
-        head_chunk_bytes=config.update.head_chunk_bytes,
-        reduce_gradients=config.parallel.reduce_gradients,
-        share_prompts=config.update.share_prompts,
-    )
-    losses = []
-    batches = _batches(len(rows), cold.batch_size, derive_seed(config.seed, "cold_start"))
-    for _, batch in zip(range(cold.steps), batches, strict=False):
-        group = LossGroup([rows[index] for index in batch], IMITATION)
-        losses.append(updater.optimizer_step([group], seed=0)["update/loss"])
-    return {"first": losses[0], "last": losses[-1]}
+    if cold.demos_file is not None:
+        return read_demos(Path(cold.demos_file), tasks.tools)
+    return demonstrate(tasks, cold.num_demos, max_turns=config.rollout.max_turns, seed=config.seed)
 
 
-def _batches(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
-    """Endless batches of indices, each epoch in a fresh order; a rest smaller than a batch is carried over."""
-    generator = np.random.default_rng(seed)
-    waiting = np.empty(0, dtype=np.int64)
-    while True:
-        while len(waiting) < size:
-            waiting = np.concatenate([waiting, generator.permutation(count)])
-        yield waiting[:size]
-        waiting = waiting[size:]
+def untaught_policy(config: RunConfig, tasks: TaskSet, demos: Sequence[Messages], ranks: Ranks) -> Policy:
+    """Return the policy before it saw any demonstration, ready for training: loaded from `model.path`, or built."""
+    path = config.model.path
+    policy = build_policy(config, tasks, list(demos)) if path is None else load_policy(path, config, tasks)
+    make_trainable(policy, config, ranks)
+    return policy
+
+
+def demo_rows(demos: Sequence[Messages], policy: Policy, config: RunConfig) -> list[list[Row]]:
+    """Return the training rows of each demonstration, as a rollout under the same configuration would make them.
+
+    Raises:
+        ConfigError: One is longer than any trajectory may be.
+    """
+    return list(_rows(demos, policy, config))
+
+
+def _rows(demos: Sequence[Messages], policy: Policy, config: RunConfig) -> Iterator[list[Row]]:
+    history, limit = history_rule(config), config.rollout.max_tokens
+    for number, messages in enumerate(demos):
+        rows = demonstration_rows(messages, policy.chat, number, history)
+        longest = max(len(row.tokens) for row in rows)
+        if longest > limit:
+            raise ConfigError(
+                f"rollout.max_tokens={limit} is too small for demonstration {number + 1} of {len(demos)}, which takes "
+                f"{longest} tokens: the policy could never act like that; raise it, or leave the demonstration out"
+            )
+        yield rows

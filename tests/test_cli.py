@@ -50,7 +50,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     def absent(*_):
         raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
 
-    monkeypatch.setattr("spear_fast.cli._train", absent)
+    monkeypatch.setattr("spear_fast.cli.train", absent)
     assert main(["train", str(ROOT / "configs/quickstart.yaml")]) == 2
     assert "pip install 'spear-fast[train]'" in capsys.readouterr().err
 

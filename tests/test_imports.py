@@ -23,12 +23,12 @@ RANKS = {
     "dist": 1,
     **dict.fromkeys(("advantages", "batching", "losses", "replay", "rewards"), 2),
     **dict.fromkeys(("checkpoint", "data", "envs", "log", "memory", "rollout", "sync", "update"), 3),
-    **dict.fromkeys(("assemble", "planning", "run_folder"), 4),
+    **dict.fromkeys(("assemble", "imitation", "planning", "run_folder"), 4),
     **dict.fromkeys(("cold_start", "evaluate", "learner"), 5),
-    "trainer": 6,
-    "cli": 7,
-    "integrations": 7,
-    "__main__": 8,
+    **dict.fromkeys(("sft", "trainer"), 6),
+    **dict.fromkeys(("commands", "integrations"), 7),
+    "cli": 8,
+    "__main__": 9,
 }
 """Parts of spear_fast; a part imports lower ranks only. A new file at the top or a new folder needs a line here."""
 
@@ -37,7 +37,7 @@ PURE_WITH_OPS = {"advantages", "losses", "replay"}
 """The pure parts whose maths is in spear_kernels."""
 SAME_RANK = (("rollout", "envs"), ("rollout", "data"), ("sync", "rollout.engine"), ("sync", "update.model"))
 """The only edges between parts of one rank above 0: importing part, imported module."""
-LOG_READERS = {"trainer", "cli"}
+LOG_READERS = {"commands", "sft", "trainer"}
 """Rooms return their numbers; only these hand them to log/."""
 
 FENCES = {
@@ -60,7 +60,7 @@ FENCES = {
     "liger_kernel": ("update/liger.py",),
     "pynvml": ("memory/readings.py",),
     "yaml": ("config/",),
-    "rich": ("log/progress.py", "cli.py"),
+    "rich": ("log/progress.py", "commands/pages.py"),
     "triton": (),
 }
 """Packages of spear_fast that only these files (or folders) may import."""
@@ -186,7 +186,7 @@ def test_parts_import_downwards_only() -> None:
         ("update", "config.schema", True),
         ("update", "log.metrics", False),
         ("update", "nowhere", False),
-        ("cli", "log.plot", True),
+        ("commands", "log.plot", True),
         ("trainer", "log.sinks", True),
         ("rollout", "envs.base", True),
         ("envs", "rollout.episode", False),

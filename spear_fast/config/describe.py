@@ -22,6 +22,20 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
     ]
 
 
+def describe_sft(config: RunConfig) -> list[tuple[str, str]]:
+    """Return (label, value) pairs to print for `spear-fast sft`."""
+    cold_start = config.cold_start
+    held_out = cold_start.eval_file or f"{cold_start.eval_fraction:.0%} of the demonstrations"
+    success = f"; success on {config.eval.num_tasks} held-out tasks" if cold_start.eval_success else ""
+    kept = [pair for pair in describe(config) if pair[0] in ("outputs", "task", "model", "checkpoints")]
+    return [
+        ("supervised run", f"{config.name}, seed {config.seed}, on device {config.device}"),
+        ("training", f"{_cold_start(config)}, learning rate {cold_start.lr:g}"),
+        ("held out", held_out + success),
+        *kept,
+    ]
+
+
 def num_parameters(init: ModelInit) -> int:
     """Return the weights of a Qwen2 model of this shape when the tokenizer uses its whole vocabulary."""
     width = init.hidden_size
@@ -53,7 +67,8 @@ def _cold_start(config: RunConfig) -> str:
     cold_start = config.cold_start
     if cold_start.steps == 0:
         return "none"
-    return f"{cold_start.steps} steps of {cold_start.batch_size} out of {cold_start.num_demos} demonstrations"
+    source = f"those in {cold_start.demos_file}" if cold_start.demos_file else f"{cold_start.num_demos} demonstrations"
+    return f"{cold_start.steps} steps of {cold_start.batch_size} out of {source}"
 
 
 def _step_counts(config: RunConfig) -> list[tuple[str, str]]:

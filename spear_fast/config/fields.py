@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from pydantic import BaseModel
+
 from .schema import RunConfig
 
 _TYPE_WORDS = {
@@ -37,8 +39,14 @@ class Field:
 @cache
 def all_fields() -> tuple[Field, ...]:
     """Return every section and option of RunConfig, each section before its options, in the schema's order."""
-    schema = RunConfig.model_json_schema()
-    return tuple(_walk(schema, schema["$defs"], ""))
+    return fields_of(RunConfig)
+
+
+@cache
+def fields_of(model: type[BaseModel]) -> tuple[Field, ...]:
+    """Return the same of any pydantic model, e.g. the parameters of a task set."""
+    schema = model.model_json_schema()
+    return tuple(_walk(schema, schema.get("$defs", {}), ""))
 
 
 @cache
@@ -49,7 +57,7 @@ def field_of(key: str) -> Field | None:
 
 def _walk(section: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str) -> Iterator[Field]:
     required = section.get("required", ())
-    for name, spec in section["properties"].items():
+    for name, spec in section.get("properties", {}).items():
         reference = spec.get("$ref")
         key = prefix + name
         default = "required" if name in required else json.dumps(spec.get("default"))
@@ -72,4 +80,6 @@ def _type_text(spec: Mapping[str, Any]) -> str:
     if "prefixItems" in spec:
         return f"list of {len(spec['prefixItems'])}: " + ", ".join(_type_text(item) for item in spec["prefixItems"])
     bounds = [f"{sign} {spec[word]:g}" for word, sign in _BOUND_SIGNS.items() if word in spec]
-    return " ".join([_TYPE_WORDS[spec["type"]], *([" and ".join(bounds)] if bounds else [])])
+    # Of models that are not ours: a class that stands among alternatives, and what may be anything.
+    word = _TYPE_WORDS[spec["type"]] if "type" in spec else str(spec.get("$ref", "anything")).rsplit("/", 1)[-1]
+    return " ".join([word, *([" and ".join(bounds)] if bounds else [])])

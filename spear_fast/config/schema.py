@@ -99,18 +99,28 @@ class ModelConfig(Section):
 
 
 class ColdStartConfig(Section):
-    """Supervised start on expert demonstrations of the task (the paper cold-starts too)."""
+    """Supervised start on demonstrations of the task (the paper cold-starts too), within `spear-fast train` or before
+    it by `spear-fast sft`."""
 
     steps: NonNegative = 0
     """Optimizer steps; 0 skips the cold start."""
     num_demos: Positive = 2048
-    """Demonstrations generated from training tasks."""
+    """Demonstrations that the task's expert gives, on tasks that are not held out."""
+    demos_file: str | None = None
+    """Demonstrations to use instead of the expert's: JSONL, a line being {"messages": [...]}; all of them are used."""
     batch_size: Positive = 64
     """Demonstrations per optimizer step."""
     lr: PositiveFloat = 2e-3
     """Peak learning rate; linear warm-up, then cosine to zero."""
     warmup_steps: NonNegative = 10
     """Optimizer steps."""
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Share of the demonstrations that `spear-fast sft` keeps for the held-out loss, chosen by a hash of their text; 0
+    keeps none. The cold start within `spear-fast train` learns from all."""
+    eval_file: str | None = None
+    """Demonstrations for the held-out loss of `spear-fast sft`, instead of a share; format of demos_file."""
+    eval_success: bool = True
+    """Let `spear-fast sft` end with the success on held-out tasks, as `eval` says."""
 
 
 class RolloutConfig(Section):
@@ -317,7 +327,8 @@ class UpdateConfig(Section):
     grad_clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
     mini_batch_size: Positive | None = None
-    """Rows per optimizer step, trajectories or, with windowed history, their messages; None puts a whole training step into one."""
+    """Rows per optimizer step: trajectories or, with windowed history, their messages. None puts a whole training step
+    into one."""
     epochs: Positive = 1
     """Passes over the trajectories of a training step."""
     token_budget: Positive = 8192

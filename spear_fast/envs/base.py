@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 
@@ -91,4 +92,17 @@ class Closable(Protocol):
 
     def close(self) -> None:
         """Free it. Called once, when the run is over, outside of any event loop."""
+        ...
+
+
+@runtime_checkable
+class GameWriter(Protocol):
+    """A task set class that can make the files of new games, for itself to play; `Params` are its parameters."""
+
+    @classmethod
+    def write_games(cls, params: Any, *, count: int, seed: int, out: Path) -> list[str]:
+        """Write `count` games of each split below the folder `out`, the same for the same seed.
+
+        Returns lines to print: what was made, and how it is used. Raises TaskError if `out` cannot be used.
+        """
         ...

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 
 _END = 256
+
+LIMITS = EpisodeLimits(1, 1 << 16, 1 << 20, 1.0, 30.0, 0, 60.0, 1 << 20)
+"""Of demonstrations, but for their turns: no expert comes near them."""
 
 
 class _Utf8Chat:
@@ -58,43 +62,73 @@ class _ExpertTasks:
     def make(self) -> Environment:
         return self._environment
 
+    @property
+    def knows(self) -> bool:
+        """Whether there is an expert; without one he says nothing."""
+        return isinstance(self._environment, Demonstrator)
+
     def reply(self, _: object) -> list[int]:
-        assert isinstance(self._environment, Demonstrator)
-        return [*self._environment.expert().encode(), _END]
+        text = self._environment.expert() if isinstance(self._environment, Demonstrator) else ""
+        return [*text.encode(), _END]
 
 
 def demonstrate(tasks: TaskSet, count: int, *, max_turns: int, seed: int) -> list[Messages]:
-    """Let the expert solve `count` tasks of the "demo" split ("train" where there is none).
+    """Let the expert solve `count` tasks of the demo split, or all of it if it has fewer; see `demonstrations`.
 
     Returns:
         One transcript per task, in OpenAI's message shape.
+    """
+    return [messages for _, messages in demonstrations(tasks, count, max_turns=max_turns, seed=seed)]
+
+
+def demonstrations(tasks: TaskSet, count: int, *, max_turns: int, seed: int) -> Iterator[tuple[Task, Messages]]:
+    """Yield the first `count` tasks of the demo split, or all of it if it has fewer, and how the expert solved each.
 
     Raises:
         TaskError: The environment has no `expert`, or its expert failed.
     """
     if not isinstance(tasks.make(), Demonstrator):
         raise TaskError(
-            f"task set {tasks.name!r} has no expert(), so there is nothing to cold-start from; set cold_start.steps=0 "
-            "and model.path to a model that can already act"
+            f"task set {tasks.name!r} has no expert(), so there is nothing to cold-start from; set "
+            "cold_start.demos_file to demonstrations from elsewhere, or cold_start.steps=0 and model.path to a model "
+            "that can already act"
         )
-    split, size = _demo_split(tasks)
-    limits = EpisodeLimits(max_turns, 1 << 16, 1 << 20, 1.0, 30.0, 0, 60.0, 1 << 20)
-
-    async def play() -> list[Messages]:
-        return [
-            await _demonstrate_one(tasks, make_task(tasks.name, split, index, seed), limits)
-            for index in range(min(count, size))
-        ]
-
-    return asyncio.run(play())
+    split, size = demo_split(tasks)
+    limits = replace(LIMITS, max_turns=max_turns)
+    # One event loop for all: what an environment keeps between episodes may belong to its loop.
+    with asyncio.Runner() as runner:
+        for index in range(min(count, size)):
+            task = make_task(tasks.name, split, index, seed)
+            yield task, runner.run(_demonstrate_one(tasks, task, limits))
 
 
-def _demo_split(tasks: TaskSet) -> tuple[str, int]:
+def demo_split(tasks: TaskSet) -> tuple[str, int]:
+    """Return the split that demonstrations are made of, "demo" or, where there is none, "train", and its size."""
     try:
         size = tasks.size("demo")
     except TaskError:
         size = 0
     return ("demo", size) if size else ("train", tasks.size("train"))
+
+
+def opening(tasks: TaskSet, seed: int) -> tuple[Task, Messages]:
+    """Return the first task of the demo split, its opening messages and, where there is an expert, his first message.
+
+    Raises:
+        TaskError: The task cannot be started.
+    """
+    split, size = demo_split(tasks)
+    if not size:
+        raise TaskError(f"split {split!r} of task set {tasks.name!r} is empty")
+    task, expert = make_task(tasks.name, split, 0, seed), _ExpertTasks(tasks)
+    trajectory = Trajectory(task, group_id=0, sample=0, uid=0, version=0)
+    limits = replace(LIMITS, max_turns=1)
+    asyncio.run(Episode(trajectory, expert, ScriptedEngine(expert.reply), _Utf8Chat(), limits, seed=0).run())
+    roles = [message["role"] for message in trajectory.messages]
+    if "assistant" not in roles:
+        raise TaskError(f"task set {tasks.name!r}: {split} task 0 cannot be started: {trajectory.error}")
+    said = roles.index("assistant") + int(expert.knows)
+    return task, trajectory.messages[:said]
 
 
 async def _demonstrate_one(tasks: TaskSet, task: Task, limits: EpisodeLimits) -> Messages:

@@ -1,0 +1,1 @@
+"""What each command of `spear-fast` does; cli.py reads their arguments."""
