@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from spear_fast.errors import CheckpointError, ConfigError
 from spear_fast.replay import ReplayMemory
-from spear_fast.types import Group, Row, Task, Trajectory, Turn
+from spear_fast.types import Group, Row, Task, Trajectory, Turn, row_uid
 
 TASK = Task("calculator", "train", 0, seed=0)
 MEMBER = st.tuples(st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.sampled_from([-0.5, 0.0, 0.25, 0.5]), st.integers(0, 1))
@@ -192,3 +193,32 @@ def test_refusals() -> None:
         memory().load_state_dict({"model.weight": np.zeros(1)})
     with pytest.raises(ValueError, match=r"uid=\[0\]"):
         memory().offer([], build_step(0, [[(1.0, 0.5, 1)]])[1])
+
+
+def test_rows_of_one_trajectory_are_admitted_each_for_itself() -> None:
+    made = Trajectory(TASK, 0, 0, 7, 0, reward=1.0, turns=[Turn(1, 2), Turn(3, 4, action_valid=False), Turn(5, 6)])
+    made.row_starts = [0, 2, 4]
+    rows = [
+        Row(
+            row_uid(7, part),
+            group_id=0,
+            version=0,
+            tokens=np.array([1, part], dtype=np.int32),
+            action_mask=np.array([False, True]),
+            old_logp=np.zeros(2, dtype=np.float32),
+            advantages=np.array([0, advantage], dtype=np.float32),
+            reward=1.0,
+        )
+        for part, advantage in enumerate([0.5, 0.5, -0.5])
+    ]
+    # The second acted invalidly, the third has a negative advantage.
+    games = memory(require_tool_call=False, ripe_factor=0.1, recalibrate="none")
+    assert games.offer([Group(0, TASK, [made])], rows)["replay/admitted"] == 1
+    restored = memory(ripe_factor=0.1, recalibrate="none")
+    restored.load_state_dict(games.state_dict())
+    drawn, _ = restored.draw(1, 0)
+    assert drawn is not None and [row.uid for row in drawn] == [7]
+    made.num_valid_tool_calls = 1
+    assert memory().offer([Group(0, TASK, [made])], rows)["replay/admitted"] == 2
+    with pytest.raises(ValueError, match=r"uid=\[8\]"):
+        memory().offer([Group(0, TASK, [made])], [replace(rows[1], uid=row_uid(8, 1))])
