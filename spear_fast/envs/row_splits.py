@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -28,20 +29,29 @@ class HeldOutParams(Section):
             raise ValueError("set either task.params.eval_file or task.params.eval_fraction, and only one of them")
 
 
-def split_rows(train_file: str, held_out: HeldOutParams, adapt: Adapt | None = None) -> dict[str, list[PromptRow]]:
+def _prompt(row: PromptRow) -> str:
+    return row.identity
+
+
+def split_rows(
+    train_file: str,
+    held_out: HeldOutParams,
+    adapt: Adapt | None = None,
+    identity: Callable[[PromptRow], str] = _prompt,
+) -> dict[str, list[PromptRow]]:
     """Return the rows of "train" and of "eval", in the order of the files.
 
-    `adapt` is that of `read_rows`. Raises TaskError for files that cannot be read or share a prompt, ConfigError where
-    a split stays empty.
+    `adapt` is that of `read_rows`; rows with equal `identity` are one task. Raises TaskError for files that cannot be
+    read or share a task, ConfigError where a split stays empty.
     """
     rows = read_rows(Path(train_file), adapt)
     if held_out.eval_file is not None:
         split = {"train": rows, "eval": read_rows(Path(held_out.eval_file), adapt)}
-        _check_disjoint(split)
+        _check_disjoint(split, identity)
         return split
     share = held_out.eval_fraction or 0.0
     # Equal prompts have equal hashes, so a repeated prompt stays on one side.
-    is_eval = [unit_hash(row.identity) < share for row in rows]
+    is_eval = [unit_hash(identity(row)) < share for row in rows]
     split = {
         "train": [row for row, out in zip(rows, is_eval, strict=True) if not out],
         "eval": [row for row, out in zip(rows, is_eval, strict=True) if out],
@@ -54,11 +64,11 @@ def split_rows(train_file: str, held_out: HeldOutParams, adapt: Adapt | None = N
     return split
 
 
-def _check_disjoint(split: dict[str, list[PromptRow]]) -> None:
-    held_out = {row.identity: row.place for row in split["eval"]}
-    shared = [row for row in split["train"] if row.identity in held_out]
+def _check_disjoint(split: dict[str, list[PromptRow]], identity: Callable[[PromptRow], str]) -> None:
+    held_out = {identity(row): row.place for row in split["eval"]}
+    shared = [row for row in split["train"] if identity(row) in held_out]
     if shared:
         raise TaskError(
             f"{len(shared)} prompts are in both task.params.train_file and eval_file, the first at {shared[0].place} "
-            f"and {held_out[shared[0].identity]}; remove them from one"
+            f"and {held_out[identity(shared[0])]}; remove them from one"
         )
