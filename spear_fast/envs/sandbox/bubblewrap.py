@@ -123,7 +123,7 @@ class BubblewrapSandbox:
                 call.hold(worker)
                 worker.wait_ready()
                 reply = worker.run(program)
-                is_usable = True
+                is_usable = not reply.is_last
                 return self._result(reply)
             except WorkerStuckError as error:
                 return RunResult("Failed", "TimeLimitExceeded", None, "", "", program.timeout_s, str(error))

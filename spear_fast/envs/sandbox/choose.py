@@ -34,7 +34,7 @@ class SandboxParams(Section):
     """Processes and threads of a program."""
     disk_mb: Positive = 64
     """Files of a program, in MiB; they are kept in memory."""
-    preload: list[str] = Field(["math", "numpy", "sympy"])
+    preload: list[str] = Field(default_factory=lambda: ["math", "numpy", "sympy"])
     """Modules that a bubblewrap worker has imported before the program starts."""
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The sandbox of a SandboxFusion server: POST /run_code, as documented by SandboxFusion and used by the paper's authors."""
+"""The sandbox of a SandboxFusion server, as the paper's authors use: POST /run_code, in the shape that it documents."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class FusionSandbox:
         if not isinstance(answer, dict) or answer.get("status") not in get_args(RunStatus):
             return _failure(f"the server at {self._url} gave an answer that is not SandboxFusion's")
         run = answer.get("run_result") or {}
-        ending = run.get("status")
+        ending: Any = run.get("status")
         if answer["status"] == "SandboxError" or ending not in get_args(Ending):
             return _failure(str(answer.get("message") or "the server gives no reason"))
         return RunResult(

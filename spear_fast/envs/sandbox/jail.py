@@ -138,6 +138,7 @@ class Jail:
                 words += ["--symlink", os.readlink(path), str(path)]
             elif path.is_dir():
                 words += ["--ro-bind", str(path), str(path)]
+        words += ["--perms", "0755", "--dir", "/site"]  # made along the way, it would be closed to other users
         for index, folder in enumerate(self.interpreter.site_folders):
             words += ["--ro-bind", str(folder), f"/site/{index}"]
         words += ["--proc", "/proc", "--dev", "/dev"]

@@ -20,6 +20,7 @@ from .base import RunResult
 MIB = 1 << 20
 GRACE_S = 5.0
 """Seconds beyond a program's limit after which its process is killed from outside."""
+TIME_IS_UP = ("TimeoutError: feed time limit exceeded", "TimeoutError: sleep limit exceeded")
 
 
 class _Output:
@@ -106,8 +107,8 @@ class MontySandbox:
             error = str(crash)
         except self._monty.MontyError as failure:
             error = _traceback(failure)
-            stopped = time.monotonic() - began >= timeout_s and "TimeoutError" in error
-        ended_well = not error or error.rstrip().endswith(("SystemExit", "SystemExit: 0"))
+            stopped = _last_line(error).startswith(TIME_IS_UP)
+        ended_well = not error or _last_line(error) in ("SystemExit", "SystemExit: 0")
         return RunResult(
             "Success" if ended_well else "Failed",
             "TimeLimitExceeded" if stopped else "Finished",
@@ -121,3 +122,7 @@ class MontySandbox:
 def _traceback(error: Any) -> str:
     display = getattr(error, "display", None)
     return str(display()) if callable(display) else str(error)
+
+
+def _last_line(text: str) -> str:
+    return (text.rstrip().splitlines() or [""])[-1]

@@ -10,6 +10,7 @@ import json
 import os
 import select
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Reply:
     stopped: str
     """"time" or "memory" if the zygote stopped it, else empty."""
     seconds: float
+    is_last: bool
+    """Whether the worker ends now, since the program left something that cannot be removed."""
     stdout: bytes
     stderr: bytes
 
@@ -61,6 +64,8 @@ class Worker:
         self._output_bytes = output_bytes
         self._is_ready = False
         self._buffer = b""
+        self._lock = threading.Lock()
+        self._killed: int | None = os.eventfd(0)
         self._process = subprocess.Popen(
             command, pass_fds=[filter_fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -92,19 +97,30 @@ class Worker:
             out, err = (int(size) for size in head["sizes"])
             if not (0 <= out <= self._output_bytes and 0 <= err <= self._output_bytes):
                 raise ValueError("sizes")
-            reply = head["return_code"], str(head["stopped"]), float(head["seconds"])
+            reply = head["return_code"], str(head["stopped"]), float(head["seconds"]), bool(head["is_last"])
         except (ValueError, KeyError, TypeError) as error:
             raise WorkerLostError("the worker gave an answer that is none") from error
         output = self._read(out + err, deadline)
         return Reply(*reply, output[:out], output[out:])
 
     def kill(self) -> None:
-        """End it and everything in its namespace."""
-        self._process.kill()
+        """End it and everything in its namespace, and the wait for its answer.
+
+        Bubblewrap that is killed takes the zygote along, unless it is just being set up. Such a zygote ends when its
+        connection is closed, which is left to the thread that uses it.
+        """
+        with self._lock:
+            if self._killed is not None:
+                self._process.kill()
+                os.eventfd_write(self._killed, 1)
 
     def close(self) -> None:
         """End it and free what it took."""
         self.kill()
+        with self._lock:
+            if self._killed is not None:
+                os.close(self._killed)
+                self._killed = None
         self._process.wait()
         for pipe in (self._in, self._out, self._err):
             with contextlib.suppress(OSError):
@@ -143,10 +159,16 @@ class Worker:
         self._buffer += data
 
     def _wait(self, descriptor: int, event: int, deadline: float) -> None:
+        if self._killed is None:
+            raise WorkerLostError("the worker is closed")
         poll = select.poll()
         poll.register(descriptor, event)
-        if not poll.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
+        poll.register(self._killed, select.POLLIN)
+        ready = dict(poll.poll(max(0.0, 1000 * (deadline - time.monotonic()))))
+        if not ready:
             raise WorkerStuckError("the worker gave no answer in time")
+        if self._killed in ready:
+            raise WorkerLostError("the worker was ended")
 
     def _last_words(self) -> str:
         try:

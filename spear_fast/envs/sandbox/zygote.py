@@ -107,7 +107,13 @@ class Zygote:
             os.close(capture.read_end)
         is_clean = _wiped()
         out, err = (capture.content() for capture in captures)
-        head = {"return_code": return_code, "stopped": stopped, "seconds": seconds, "sizes": [len(out), len(err)]}
+        head = {
+            "return_code": return_code,
+            "stopped": stopped,
+            "seconds": seconds,
+            "is_last": not is_clean,
+            "sizes": [len(out), len(err)],
+        }
         self._replies.write(json.dumps(head).encode() + b"\n" + out + err)
         self._replies.flush()
         return is_clean
