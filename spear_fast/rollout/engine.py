@@ -21,7 +21,8 @@ class GenerationRequest:
     """
 
     uid: int
-    """The trajectory; a later request of the same uid extends the earlier one, so its cache can be kept."""
+    """The trajectory; a later request of the same uid often begins with the tokens of the earlier one, whose cache is
+    worth keeping."""
     prompt: list[int]
     """All tokens so far."""
     max_tokens: int
