@@ -1,0 +1,1 @@
+"""Environments of other libraries as task sets: gymnasium, TRL, OpenEnv, verifiers."""
