@@ -92,7 +92,7 @@ class FusionSandbox:
                 return self._result(self._post(body, timeout_s))
             except _UnavailableError as error:
                 reason = str(error)
-            except TimeoutError:  # the program may be running: it must not run twice
+            except TimeoutError:  # the server is busy with it: asking again would only add to its load
                 return _failure(f"the server at {self._url} gave no answer within {timeout_s + MARGIN_S:g} s")
         return _failure(f"the server at {self._url} cannot be reached: {reason}")
 
