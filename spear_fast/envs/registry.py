@@ -14,11 +14,17 @@ from spear_fast.errors import ConfigError
 from .base import TaskSet
 
 BUILT_IN = {
+    "babyai": "spear_fast.envs.babyai:BabyAITasks",
     "calculator": "spear_fast.envs.calculator:CalculatorTasks",
+    "gymnasium": "spear_fast.envs.adapters.gymnasium:GymnasiumTasks",
+    "math": "spear_fast.envs.math:MathTasks",
+    "openenv": "spear_fast.envs.adapters.openenv:OpenEnvTasks",
     "prompts": "spear_fast.envs.prompts:PromptTasks",
     "shopping": "spear_fast.envs.shopping:ShoppingTasks",
     "sokoban": "spear_fast.envs.sokoban:SokobanTasks",
     "treasure": "spear_fast.envs.treasure:TreasureTasks",
+    "trl": "spear_fast.envs.adapters.trl:TrlTasks",
+    "verifiers": "spear_fast.envs.adapters.verifiers:VerifiersTasks",
 }
 """Where the built-in task sets live. Strings, so that a run imports only the one it uses."""
 

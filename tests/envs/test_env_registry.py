@@ -56,7 +56,7 @@ def test_protocols_are_satisfied(name: str) -> None:
 
 
 def test_built_in_names_are_available() -> None:
-    assert available() == ["calculator", "prompts", "shopping", "sokoban", "treasure"]
+    assert available() == ["babyai", "calculator", "math", "prompts", "shopping", "sokoban", "treasure"]
 
 
 @pytest.mark.usefixtures("echo_registered")
