@@ -50,11 +50,11 @@ def _print_list() -> None:
     found = listings()
     width = max(len(listing.name) for listing in found)
     for listing in found:
-        print(f"{listing.name.ljust(width)}  {listing.summary}")
+        extra = f" (extra {listing.extra})" if listing.extra else ""
+        print(f"{listing.name.ljust(width)}  {listing.summary}{extra}")
         if listing.missing:
-            print(
-                f"{'':{width}}  not installed: {', '.join(listing.missing)} (pip install 'spear-fast[{listing.extra}]')"
-            )
+            missing = ", ".join(listing.missing)
+            print(f"{'':{width}}  not installed: {missing}; pip install 'spear-fast[{listing.extra}]'")
     print("Your own: package.module:Class. More of one: spear-fast tasks NAME [key=value ...]")
 
 
@@ -76,10 +76,8 @@ def _open(args: argparse.Namespace) -> TaskSet:
 
 def _print_task_set(args: argparse.Namespace) -> None:
     from spear_fast.config.fields import fields_of
-    from spear_fast.envs.listing import check_installed
     from spear_fast.envs.registry import task_set_class
 
-    check_installed(args.name)
     found = task_set_class(args.name)
     print(f"{args.name}: {' '.join((found.__doc__ or '').split())}")
     print("\nParameters: task.params.KEY in a configuration, KEY=VALUE here")
@@ -141,18 +139,14 @@ def _print_opening(task_set: TaskSet, seed: int) -> None:
 
 def _write_demos(args: argparse.Namespace) -> None:
     from spear_fast.assemble import close_tasks
-    from spear_fast.envs.listing import check_installed
     from spear_fast.rollout.demo_file import demo_record, write_demos
     from spear_fast.rollout.demos import demo_split, demonstrations
 
-    check_installed(args.name)
     task_set = _open(args)
     try:
         split, size = demo_split(task_set)
         if args.demos > size:
-            raise TaskError(
-                f"--demos {args.demos}: split {split!r} of task set {task_set.name!r} has only {size} tasks"
-            )
+            raise TaskError(f"--demos {args.demos}: split {split!r} of {task_set.name!r} has only {size} tasks")
         made = demonstrations(task_set, args.demos, max_turns=args.max_turns, seed=args.seed)
         count = write_demos(args.out, (demo_record(task_set, task, messages, args.seed) for task, messages in made))
     finally:
@@ -162,10 +156,9 @@ def _write_demos(args: argparse.Namespace) -> None:
 
 def _write_games(args: argparse.Namespace) -> None:
     from spear_fast.envs.base import GameWriter
-    from spear_fast.envs.listing import check_installed, listings
+    from spear_fast.envs.listing import listings
     from spear_fast.envs.registry import checked_params, task_set_class
 
-    check_installed(args.name)
     found = task_set_class(args.name)
     if not isinstance(found, GameWriter):
         writers = ", ".join(listing.name for listing in listings() if listing.writes_games) or "none of the built-in"
