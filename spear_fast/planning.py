@@ -79,7 +79,8 @@ def elsewhere(
         gpu_name: A GPU of gpus.json, or the device of the coefficients file.
         num_nodes: Machines; None fills them with as many GPUs as is usual.
         coefficients: File of bench/calibrate.py, whose rates replace the vendor's.
-        tokens: Mean length of a trajectory; None assumes half of the longest.
+        tokens: Mean length of a trajectory, or with windowed history of one of its rows; None assumes half of the
+            longest.
         sampled: Of these, tokens that the policy samples; None assumes half.
 
     Raises:
@@ -96,7 +97,8 @@ def elsewhere(
     times = StepTime(shape, config, num_gpus, gpu, plan, work).as_rows()
     assumed = [name for name, value in (("--tokens", tokens), ("--sampled", sampled)) if value is None]
     notes = [
-        f"Trajectories of {work.tokens:,.0f} tokens on average, {work.sampled:,.0f} of them sampled"
+        (f"Trajectories of {work.rows:,.0f} rows (assumed), each" if work.rows > 1 else "Trajectories")
+        + f" of {work.tokens:,.0f} tokens on average, {work.sampled:,.0f} of them sampled"
         + (f" (assumed; set {' and '.join(assumed)})" if assumed else ""),
         "Left out: time in tools and environments, the end of a rollout when only the longest trajectories run.",
     ]
@@ -120,7 +122,7 @@ def _workload(config: RunConfig, tokens: float | None, sampled: float | None) ->
             f"--sampled {share:g} --tokens {mean:g}: of a trajectory's tokens, at most rollout.max_tokens="
             f"{config.rollout.max_tokens}, some but not more than all are sampled"
         )
-    return Workload(mean, share)
+    return Workload(mean, share, assumed.rows)
 
 
 def _count(number: int, noun: str) -> str:

@@ -74,8 +74,8 @@ def _cold_start(config: RunConfig) -> str:
 def _step_counts(config: RunConfig) -> list[tuple[str, str]]:
     rollout, update = config.rollout, config.update
     trajectories = rollout.prompts_per_step * rollout.group_size
-    sampled = min(rollout.max_turns * rollout.max_turn_tokens, rollout.max_tokens)
-    kept = ceil(rollout.prompts_per_step * config.algo.filters.keep_groups) * rollout.group_size
+    rows = trajectories * rollout.most_rows
+    kept = ceil(rollout.prompts_per_step * config.algo.filters.keep_groups) * rollout.group_size * rollout.most_rows
     optimizer_steps = ceil(kept / (update.mini_batch_size or kept)) * update.epochs
     return [
         (
@@ -85,7 +85,8 @@ def _step_counts(config: RunConfig) -> list[tuple[str, str]]:
         ),
         (
             "tokens per step",
-            f"at most {trajectories * rollout.max_tokens:,}, of them {trajectories * sampled:,} sampled",
+            f"at most {rows * rollout.max_tokens:,}, of them {rows * rollout.most_sampled_tokens:,} sampled"
+            + (f", in {rows:,} rows of one message each" if rollout.history == "windowed" else ""),
         ),
         (
             "optimizer steps per step",
@@ -107,7 +108,7 @@ def _algorithm(algo: AlgoConfig) -> list[tuple[str, str]]:
     mu = {"cosine": f"cosine decay over {intrinsic.decay_steps} steps", "constant": "1", "none": "0"}[intrinsic.mode]
     dual = "" if loss.dual_clip is None else f", dual clip {loss.dual_clip:g}"
     replay_text = (
-        f"{replay.mode}, {replay.recalibrate} baseline, up to {replay.buffer_size:,} trajectories "
+        f"{replay.mode}, {replay.recalibrate} baseline, up to {replay.buffer_size:,} rows "
         f"at most {replay.tolerate_steps} versions old, gamma warm-up over {replay.warmup_steps} steps"
     )
     return [

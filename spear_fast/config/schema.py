@@ -172,6 +172,16 @@ class RolloutConfig(Section):
     deterministic: bool = False
     """Let the engine advance only when no tool is running, so that a run repeats bit for bit. Costs overlap."""
 
+    @property
+    def most_rows(self) -> int:
+        """Rows of a trajectory at most, where the chat template rewrites nothing."""
+        return self.max_turns if self.history == "windowed" else 1
+
+    @property
+    def most_sampled_tokens(self) -> int:
+        """Sampled tokens of a row at most."""
+        return min(self.max_turns // self.most_rows * self.max_turn_tokens, self.max_tokens)
+
 
 class AdvantageConfig(Section):
     """On-policy advantages (algorithm: GRPO, Dr.GRPO, GiGPO)."""

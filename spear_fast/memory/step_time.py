@@ -21,19 +21,21 @@ ADAMW_BYTES = 28
 
 @dataclass(frozen=True)
 class Workload:
-    """How long trajectories are, which no configuration knows: means over a training step, in tokens."""
+    """How long trajectories are, which no configuration knows: means over a training step."""
 
     tokens: float
-    """Of a whole trajectory."""
+    """Tokens of a row: a whole trajectory, or with windowed history one message and what is shown before it."""
     sampled: float
     """Of these, those that the policy sampled."""
+    rows: float = 1.0
+    """Rows of a trajectory."""
 
     @staticmethod
     def assumed(config: RunConfig) -> Workload:
-        """Half of the longest trajectory, half of that sampled, but at most half of what the turns allow."""
+        """Half of the longest row, half of that sampled, but at most half of what its turns allow; half of the rows."""
         rollout = config.rollout
-        tokens = rollout.max_tokens / 2
-        return Workload(tokens, min(tokens / 2, rollout.max_turns * rollout.max_turn_tokens / 2))
+        tokens, turns = rollout.max_tokens / 2, rollout.max_turns // rollout.most_rows
+        return Workload(tokens, min(tokens / 2, turns * rollout.max_turn_tokens / 2), max(1.0, rollout.most_rows / 2))
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class StepTime:
         self-imitation, which takes place only in steps whose buffer is ripe."""
         rollout, update = self.config.rollout, self.config.update
         fresh = rollout.prompts_per_step * rollout.group_size
-        kept = ceil(rollout.prompts_per_step * self.config.algo.filters.keep_groups) * rollout.group_size
+        groups = ceil(rollout.prompts_per_step * self.config.algo.filters.keep_groups)
+        kept = round(groups * rollout.group_size * self.workload.rows)
         found = [self._rollout()]
         if update.recompute_old_logp:
             found.append(self._forward("old log-probs", kept))
@@ -110,16 +113,17 @@ class StepTime:
         """
         gpu, work, shape = self.gpu, self.workload, self.shape
         trajectories = self.engine.trajectories
+        rows = trajectories * work.rows
         per_token = shape.kv_bytes_per_token(self.engine.dtype)
         in_cache = self.plan.kv_cache_bytes / (work.tokens * per_token)
         flying = max(1.0, min(float(self.engine.concurrent), in_cache))
-        passes = work.sampled * max(1.0, trajectories / flying)
+        passes = work.sampled * work.rows * max(1.0, trajectories / flying)
         weights = (shape.num_layers * shape.block_parameters + shape.embedding_parameters) * DTYPE_BYTES[
             self.engine.dtype
         ]
         read = weights + flying * per_token * work.tokens / 2
         flops = flying * (self._forward_flops(work.tokens) + 2 * shape.embedding_parameters)
-        prefill = trajectories * (work.tokens - work.sampled) * self._forward_flops(work.tokens)
+        prefill = rows * (work.tokens - work.sampled) * self._forward_flops(work.tokens)
         times = {
             "prefill products": prefill / gpu.matmul_flops.value,
             "reading weights and KV cache": passes * read / gpu.memory_bandwidth.value,
@@ -132,21 +136,21 @@ class StepTime:
         parts = {"prefill products": times["prefill products"], slower: times[slower], "launches": launches}
         return _phase("rollout", parts, (gpu.matmul_flops, gpu.memory_bandwidth, gpu.layer_s))
 
-    def _forward(self, name: str, trajectories: int) -> Phase:
-        """A forward pass of trunk and head over these trajectories, without gradients."""
-        flops = self._tokens(trajectories) * self._forward_flops(self.workload.tokens)
-        flops += self._sampled(trajectories) * 2 * self.shape.embedding_parameters
+    def _forward(self, name: str, rows: int) -> Phase:
+        """A forward pass of trunk and head over these rows, without gradients."""
+        flops = self._tokens(rows) * self._forward_flops(self.workload.tokens)
+        flops += self._sampled(rows) * 2 * self.shape.embedding_parameters
         parts = {"products": flops / self.gpu.train_flops.value}
-        parts["launches"] = self._micro_batches(trajectories, 1) * self.shape.num_layers * self.gpu.layer_s.value
-        gather = self._micro_batches(trajectories, 1) * self._gathered_bytes(1)
+        parts["launches"] = self._micro_batches(rows, 1) * self.shape.num_layers * self.gpu.layer_s.value
+        gather = self._micro_batches(rows, 1) * self._gathered_bytes(1)
         return self._overlapped(name, parts, gather, 0.0)
 
-    def _update(self, name: str, trajectories: int, epochs: int) -> Phase:
+    def _update(self, name: str, rows: int, epochs: int) -> Phase:
         """Forward and backward passes, the choice of Clip-Cov, communication, and the optimizer."""
         shape, parallel, gpu = self.shape, self.config.parallel, self.gpu
         forward, frozen = self._forward_flops(self.workload.tokens), self.config.model.lora.rank > 0
-        steps = self._optimizer_steps(trajectories) * epochs
-        batches = self._micro_batches(trajectories, self._optimizer_steps(trajectories)) * epochs
+        steps = self._optimizer_steps(rows) * epochs
+        batches = self._micro_batches(rows, self._optimizer_steps(rows)) * epochs
         passes = (2 if frozen else 3) + (1 if parallel.activation_checkpointing else 0)
         head = 2 * (2 if frozen else 3) * shape.embedding_parameters
         choosing = self._chooses_tokens()
@@ -154,7 +158,7 @@ class StepTime:
             head += 2 * shape.embedding_parameters
             # With one micro-batch the hidden states are there already.
             passes += 1 if batches > steps else 0
-        flops = epochs * (self._tokens(trajectories) * passes * forward + self._sampled(trajectories) * head)
+        flops = epochs * (self._tokens(rows) * passes * forward + self._sampled(rows) * head)
         state = self.training
         optimizer = steps * ADAMW_BYTES * state.trained_parameters / state.num_shards
         parts = {
@@ -202,18 +206,18 @@ class StepTime:
         matrices = sum(inputs * outputs for inputs, outputs, _ in shape.linears.values())
         return shape.num_layers * (2 * matrices + 2 * shape.query_width * length)
 
-    def _tokens(self, trajectories: int) -> float:
-        return trajectories * self.workload.tokens / self.num_ranks
+    def _tokens(self, rows: int) -> float:
+        return rows * self.workload.tokens / self.num_ranks
 
-    def _sampled(self, trajectories: int) -> float:
-        return trajectories * self.workload.sampled / self.num_ranks
+    def _sampled(self, rows: int) -> float:
+        return rows * self.workload.sampled / self.num_ranks
 
-    def _optimizer_steps(self, trajectories: int) -> int:
-        return ceil(trajectories / (self.config.update.mini_batch_size or trajectories))
+    def _optimizer_steps(self, rows: int) -> int:
+        return ceil(rows / (self.config.update.mini_batch_size or rows))
 
-    def _micro_batches(self, trajectories: int, optimizer_steps: int) -> int:
+    def _micro_batches(self, rows: int, optimizer_steps: int) -> int:
         """Forward passes of one rank, whose packing ends with each optimizer step."""
-        tokens = self._tokens(trajectories) / optimizer_steps
+        tokens = self._tokens(rows) / optimizer_steps
         return optimizer_steps * max(1, ceil(tokens / self.config.update.token_budget))
 
     def _gathered_bytes(self, times: int) -> float:

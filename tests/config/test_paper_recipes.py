@@ -11,6 +11,8 @@ from spear_fast.cli import main
 from spear_fast.config.describe import describe
 from spear_fast.config.load import load_config
 from spear_fast.config.schema import RunConfig
+from spear_fast.envs.registry import make_task_set, task_set_class
+from spear_fast.errors import SpearError
 from spear_fast.memory.gpus import load_gpu
 from spear_fast.memory.plan import plan_memory
 from spear_fast.planning import shape_of_run
@@ -24,7 +26,9 @@ TABLE = {
     "mini_batch_size": (64 * 16, 1024, 256),  # math: 64 prompts of 16
     "max_turns": (8, 50, 15),
     "max_turn_tokens": (16384, 512, 512),
-    "max_tokens": (2048 + 16384, 2048 + 50 * 512, 4096 + 15 * 512),
+    "max_tokens": (2048 + 16384, 2048 + 512, 4096 + 512),  # of a row, which is a message in the text games
+    "history": ("full", "windowed", "windowed"),
+    "norm_length": (16384, 512, 512),
     "lr": (1e-6, 1e-6, 1e-6),
     "buffer_size": (2048, 2048, 2048),
     "baseline_size": (10240, 10240, 10240),
@@ -36,6 +40,7 @@ TABLE = {
     "samples": (32, 1, 1),
 }
 TASKS = ("math", "alfworld", "webshop")
+TASK_SETS = {"math": "math", "alfworld": "alfworld", "webshop": "shopping"}
 # GPUs that a run is planned on, by the size of its model.
 GPUS = {"1.5b": (8, "h100-80g"), "7b": (8, "h100-80g"), "32b": (64, "h200-141g")}
 # What an algorithm is: estimator, division by the group's std, filters, token loss's upper clip.
@@ -63,7 +68,7 @@ def test_a_recipe_holds_the_published_numbers_and_fits_its_gpus(name: str) -> No
     file = FOLDER / f"{name}.yaml"
     config = load_config(file)
     task, rest = name.split("-", 1)
-    assert (config.name, config.task.name, config.steps > 0) == (name, task, True)
+    assert (config.name, config.task.name, config.steps > 0) == (name, TASK_SETS[task], True)
     assert numbers(config) == {key: values[TASKS.index(task)] for key, values in TABLE.items()}
     check_algorithm(config, name)
     labels = dict(describe(config))
@@ -87,6 +92,8 @@ def numbers(config: RunConfig) -> dict[str, object]:
         "max_turns": rollout.max_turns,
         "max_turn_tokens": rollout.max_turn_tokens,
         "max_tokens": rollout.max_tokens,
+        "history": rollout.history,
+        "norm_length": algo.loss.norm_length,
         "lr": config.update.lr,
         "buffer_size": replay.buffer_size,
         "baseline_size": replay.baseline_size,
@@ -114,16 +121,23 @@ def check_algorithm(config: RunConfig, name: str) -> None:
     assert algo.loss.kl_coef == 0.0
 
 
-@pytest.mark.parametrize(
-    "name", ["math-qwen3-32b-drbot-spear", "alfworld-qwen2.5-1.5b-grpo", "webshop-qwen2.5-7b-gigpo"]
-)
-def test_a_dry_run_says_that_the_task_set_is_missing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Until these task sets exist; a recipe must not look as if it could start."""
+@pytest.mark.parametrize("name", ["math-qwen3-32b-drbot-spear", "webshop-qwen2.5-7b-gigpo"])
+def test_a_dry_run_prints_the_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(FOLDER / f"{name}.yaml"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    task = name.split("-")[0]
-    assert f"Task set not available: The run cannot start here: task.name='{task}' is unknown" in printed
+    assert "Task set not available" not in printed
     assert "Memory plan, 1 rank on" in printed and f"name: {name}" in printed
+
+
+@pytest.mark.parametrize("name", ["math-qwen2.5-32b-drbot", "webshop-qwen2.5-1.5b-grpo"])
+def test_the_task_sets_know_the_parameters_and_want_the_official_files(name: str) -> None:
+    """A recipe of a published run must not start on generated tasks."""
+    task = load_config(FOLDER / f"{name}.yaml").task
+    params = task_set_class(task.name).Params.model_validate(task.params)
+    files = [value for value in params.model_dump().values() if str(value).startswith("data/")]
+    assert files, "nothing official is asked for"
+    with pytest.raises(SpearError, match="data/"):
+        make_task_set(task.name, task.params, seed=0)
 
 
 def test_plan_predicts_a_recipe_on_gpus_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
