@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import PurePosixPath
 
 from spear_fast.envs.threads import Threads
@@ -16,7 +14,7 @@ from spear_fast.errors import TaskError
 
 from .base import RunResult
 from .jail import Interpreter, Jail, Limits, find_bubblewrap, free_uids
-from .seccomp import filter_program
+from .seccomp import filter_descriptor
 from .worker import Program, Reply, Worker, WorkerLostError, WorkerStuckError
 
 
@@ -65,7 +63,6 @@ class BubblewrapSandbox:
         find_bubblewrap()
         self._limits = limits
         self._jail = jail or Jail(Interpreter.own(), limits, preload, free_uids(workers))
-        self._filter = filter_program()
         self._threads = Threads(workers)
         self._places = threading.BoundedSemaphore(workers)
         self._lock = threading.Lock()
@@ -75,7 +72,7 @@ class BubblewrapSandbox:
         self._is_closed = False
         # The kernel ends a worker together with the thread that started it.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="sandbox-starter")
-        with self._filter_fd() as descriptor:
+        with filter_descriptor() as descriptor:
             self._jail.check(descriptor)
 
     async def run(
@@ -159,7 +156,7 @@ class BubblewrapSandbox:
         return worker
 
     def _start(self, slot: int) -> Worker:
-        with self._filter_fd() as descriptor:
+        with filter_descriptor() as descriptor:
             return Worker(self._jail.command(slot, descriptor), descriptor, slot, self._limits.output_bytes)
 
     def _give_back(self, worker: Worker, is_usable: bool) -> None:
@@ -192,17 +189,6 @@ class BubblewrapSandbox:
             reply.seconds,
             " ".join(notes),
         )
-
-    @contextmanager
-    def _filter_fd(self) -> Iterator[int]:
-        """A descriptor from which the system call filter can be read once."""
-        read_end, write_end = os.pipe()
-        try:
-            os.write(write_end, self._filter)
-            os.close(write_end)
-            yield read_end
-        finally:
-            os.close(read_end)
 
 
 def _encoded(text: str) -> bytes:

@@ -8,8 +8,11 @@ kinds of sockets that network namespaces do not separate (vsock). The rest is le
 from __future__ import annotations
 
 import errno
+import os
 import platform
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from spear_fast.errors import ConfigError
@@ -129,6 +132,19 @@ def filter_program() -> bytes:
     program += _by_argument(_SOCKET[column], families, errno.EAFNOSUPPORT)
     program.append(_Instruction(_RETURN, _ALLOW))
     return b"".join(instruction.packed() for instruction in program)
+
+
+@contextmanager
+def filter_descriptor() -> Iterator[int]:
+    """Give a descriptor from which the filter can be read once. Raises as `filter_program`."""
+    program = filter_program()
+    read_end, write_end = os.pipe()
+    try:
+        os.write(write_end, program)  # far less than a pipe holds
+        os.close(write_end)
+        yield read_end
+    finally:
+        os.close(read_end)
 
 
 def _refused(jump: int, number: int, error: int) -> list[_Instruction]:
