@@ -57,6 +57,9 @@ FENCES = {
     "peft": ("update/lora.py",),
     "trl": ("integrations/trl.py", "integrations/trl/"),
     "verl": ("integrations/verl.py", "integrations/verl/"),
+    "gymnasium": ("envs/adapters/gymnasium.py", "envs/adapters/actions.py"),
+    "openenv": ("envs/adapters/openenv.py",),
+    "verifiers": ("envs/adapters/verifiers.py", "envs/adapters/verifiers_trace.py", "envs/adapters/verifiers_tools.py"),
     "liger_kernel": ("update/liger.py",),
     "pynvml": ("memory/readings.py",),
     "yaml": ("config/",),
@@ -69,8 +72,8 @@ TRITON_FILES = ("kernel.py", "counted_kernel.py", "launch.py", "tile.py", "compi
 """Files of spear_kernels that may import triton; none of them is read on `import spear_kernels`."""
 
 HEAVY = (
-    "jinja2", "matplotlib", "pyarrow", "pydantic", "pydantic_core", "reasoning_gym", "rich", "safetensors",
-    "tensorboard", "tokenizers", "transformers", "triton", "trl", "verl", "vllm", "wandb", "yaml",
+    "gymnasium", "jinja2", "matplotlib", "openenv", "pyarrow", "pydantic", "pydantic_core", "reasoning_gym", "rich",
+    "safetensors", "tensorboard", "tokenizers", "transformers", "triton", "trl", "verifiers", "verl", "vllm", "wandb", "yaml",
 )  # fmt: skip
 """What the two packages must not need on import: all but torch and what torch itself may load."""
 

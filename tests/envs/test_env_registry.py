@@ -56,7 +56,21 @@ def test_protocols_are_satisfied(name: str) -> None:
 
 
 def test_built_in_names_are_available() -> None:
-    assert available() == ["babyai", "calculator", "math", "prompts", "shopping", "sokoban", "treasure"]
+    names = [
+        "alfworld",
+        "babyai",
+        "calculator",
+        "gymnasium",
+        "math",
+        "openenv",
+        "prompts",
+        "shopping",
+        "sokoban",
+        "treasure",
+        "trl",
+        "verifiers",
+    ]
+    assert available() == names
 
 
 @pytest.mark.usefixtures("echo_registered")

@@ -80,14 +80,14 @@ def recorded(name: str, function: Callable[..., Any], target: Target, is_method:
     tool: Callable[..., Any]
     if inspect.iscoroutinefunction(function):
 
-        async def call_async(recording: Recording, **arguments: Any) -> Any:
+        async def call_async(recording: Recording, /, **arguments: Any) -> Any:
             with recording.call(name, arguments) as result:
                 return result.of(await target(recording)(**arguments))
 
         tool = call_async
     else:
 
-        def call(recording: Recording, **arguments: Any) -> Any:
+        def call(recording: Recording, /, **arguments: Any) -> Any:
             with recording.call(name, arguments) as result:
                 return result.of(target(recording)(**arguments))
 
