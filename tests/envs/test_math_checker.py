@@ -91,7 +91,8 @@ def test_scorer_that_raises_is_wrong(checker: Checker) -> None:
         "__import__('subprocess').run(['touch', {path!r}])",
         "setattr(BinaryMatrixDataset, 'score_answer', lambda *_: 1.0)",
         "globals().update(eval=lambda _: [[1]])",
-        "exit()",
+        "__import__('os')._exit(1)",
+        "exit(1)",
     ],
 )
 def test_answers_that_are_code_do_no_harm(checker: Checker, tmp_path: Path, attack: str) -> None:

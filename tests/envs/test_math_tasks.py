@@ -87,6 +87,7 @@ def test_generated_splits_are_disjoint_and_mix_the_generators() -> None:
     assert not questions["eval"] & questions["demo"]
     for split in SHARES:
         assert {problem.task_type for problem in problems[split]} == {"chain_sum", "lcm"}
+    assert 80 < sum(problem.task_type == "lcm" for problem in problems["train"]) < 120
 
 
 def test_generated_problems_depend_on_seed_and_index_only() -> None:
@@ -141,7 +142,8 @@ def test_parquet_and_a_conversation(tmp_path: Path) -> None:
         (r"\boxed{1,001}", 1.0, True),
         (r"<think>\boxed{2}</think>\boxed{1001.0}", 1.0, True),
         (r"\boxed{1002}", -1.0, True),
-        (r"\boxed{" + "1" * 1001 + "}", -1.0, True),
+        (r"\boxed{" + "1001".zfill(1000) + "}", 1.0, True),
+        (r"\boxed{" + "1001".zfill(1001) + "}", -1.0, True),
         ("It is 1001.", -1.0, False),
         (r"<think>\boxed{1001}</think>", -1.0, False),
         (r"\boxed{}", -1.0, False),
