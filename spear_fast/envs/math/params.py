@@ -25,7 +25,8 @@ class MathParams(HeldOutParams):
 
     generators: list[str | dict[str, dict[str, Any]]] | None = Field(default=None, min_length=1)
     """Datasets of reasoning-gym, each by its name or, with settings, as {name: {setting: value}}. Problems are drawn
-    from all of them alike."""
+    from all of them alike. A few (polynomial_multiplication, isomorphic_strings, ransom_note) follow Python's hash
+    seed: with them a run repeats only under a fixed PYTHONHASHSEED."""
     num_train: Positive = 8192
     """Training problems of generators."""
     num_eval: NonNegative = 256
@@ -42,7 +43,8 @@ class MathParams(HeldOutParams):
     reward_correct: float = 1.0
     """Reward of a right answer."""
     reward_wrong: float = -1.0
-    """Reward of a wrong answer and of a message without one, as in the authors' runs."""
+    """Reward of a wrong answer and of a last message without one, as in the authors' runs. A trajectory that a limit of
+    turns or tokens ends before its last message gets 0 from this task set."""
     check_timeout_s: PositiveFloat = 3.0
     """Longest check of one answer, in seconds; then it counts as wrong."""
     check_workers: Positive = 2
