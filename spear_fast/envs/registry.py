@@ -14,6 +14,7 @@ from spear_fast.errors import ConfigError
 from .base import TaskSet
 
 BUILT_IN = {
+    "alfworld": "spear_fast.envs.alfworld:AlfworldTasks",
     "babyai": "spear_fast.envs.babyai:BabyAITasks",
     "calculator": "spear_fast.envs.calculator:CalculatorTasks",
     "gymnasium": "spear_fast.envs.adapters.gymnasium:GymnasiumTasks",
