@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -91,3 +93,12 @@ def test_parameters_that_do_not_fit():
         with pytest.raises(ValidationError):
             SandboxParams.model_validate(wrong)
     assert (SandboxParams().kind, SandboxParams().timeout_s, SandboxParams().memory_mb) == ("bubblewrap", 30.0, 1024)
+
+
+def test_the_example_of_the_documentation(capsys):
+    page = (Path(__file__).resolve().parents[3] / "docs/sandbox.md").read_text(encoding="utf-8")
+    block = re.search(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    exec(compile(block[1], "docs/sandbox.md", "exec"), {})
+    shown_lines = capsys.readouterr().out.splitlines()
+    assert shown_lines[0] == "42" and shown_lines[-2:] == ["ZeroDivisionError: division by zero", ERROR_HINT]
