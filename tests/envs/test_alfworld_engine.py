@@ -80,6 +80,18 @@ def test_rest_of_the_commands() -> None:
     assert engine.step(f"examine {apple}").text == f"This is a hot and clean sliced {apple}."
 
 
+def test_heated_things_are_no_longer_cool_and_cooled_ones_no_longer_hot() -> None:
+    for seed, before, after in ((3, "cool", "hot"), (4, "hot", "cool")):
+        text = game(seed, SMALL)
+        engine, words = Engine(text.problem, wording(text.grammar)), wording(text.grammar)
+        for name in engine.house.able[after]:
+            engine.state.are[before].add(name)
+        while not engine.won:
+            _, action, names = advise(engine.house, engine.state)
+            engine.step(words.command(action, names))
+        assert engine.state.are[after] and not engine.state.are[after] & engine.state.are[before]
+
+
 def test_command_that_is_not_admissible_changes_nothing() -> None:
     _, engine = traced(0)
     before = engine.actions()
