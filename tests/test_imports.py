@@ -73,7 +73,8 @@ TRITON_FILES = ("kernel.py", "counted_kernel.py", "launch.py", "tile.py", "compi
 
 HEAVY = (
     "gymnasium", "jinja2", "matplotlib", "openenv", "pyarrow", "pydantic", "pydantic_core", "reasoning_gym", "rich",
-    "safetensors", "tensorboard", "tokenizers", "transformers", "triton", "trl", "verifiers", "verl", "vllm", "wandb", "yaml",
+    "safetensors", "tensorboard", "tokenizers", "transformers", "triton", "trl", "verifiers", "verl", "vllm", "wandb",
+    "yaml",
 )  # fmt: skip
 """What the two packages must not need on import: all but torch and what torch itself may load."""
 
