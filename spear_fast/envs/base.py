@@ -56,6 +56,16 @@ class Environment(Protocol):
 
 
 @runtime_checkable
+class RewardsUnfinished(Protocol):
+    """An environment that also rewards an episode which a limit of turns or tokens ended before it could.
+
+    Without it that is worth 0, which where a wrong answer is worth less than 0 would pay for never answering.
+    """
+
+    unfinished_reward: float
+
+
+@runtime_checkable
 class Demonstrator(Protocol):
     """An environment that can also show how it is solved, for the cold start."""
 

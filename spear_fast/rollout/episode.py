@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from spear_fast.envs.base import Environment, Info, TaskSet
+from spear_fast.envs.base import Environment, Info, RewardsUnfinished, TaskSet
 from spear_fast.errors import EngineError, TaskError
 from spear_fast.rollout.engine import Completion, GenerationRequest
 from spear_fast.rollout.history import FULL, History, HistoryRule
@@ -128,13 +128,19 @@ class Episode:
 
     async def _play(self, environment: Environment) -> None:
         await self._reset(environment)
+        if not await self._converse(environment) and isinstance(environment, RewardsUnfinished):
+            self._earn(environment.unfinished_reward)
+
+    async def _converse(self, environment: Environment) -> bool:
+        """Let policy and environment talk until the environment ends the episode (True) or a limit does (False)."""
         for turn in range(self._limits.max_turns):
             completion = await self._speak(turn)
             if completion is None or completion.finish == "length":
                 self.trajectory.status = Status.TRUNCATED
-                return
+                return False
             if await self._respond(environment, is_last=turn == self._limits.max_turns - 1):
-                return
+                return True
+        return False
 
     async def _reset(self, environment: Environment) -> None:
         task = self.trajectory.task
@@ -177,7 +183,7 @@ class Episode:
         return completion
 
     async def _respond(self, environment: Environment, is_last: bool) -> bool:
-        """Answer the last message by tools or by the environment; return whether the episode is over.
+        """Answer the last message by tools or by the environment; return whether that ended the episode.
 
         After the last turn nothing is appended: no message could follow.
         """
@@ -197,7 +203,7 @@ class Episode:
         self.trajectory.messages.extend(replies)
         if not is_last:
             self._feed(len(replies))
-        return is_last
+        return False
 
     def _feed(self, num_new: int) -> None:
         """Append what the policy reads before its next message."""
@@ -219,14 +225,19 @@ class Episode:
 
     def _score(self, reward: float, terminated: bool, info: Info) -> None:
         trajectory = self.trajectory
-        turn = trajectory.turns[-1]
-        if not math.isfinite(reward):
-            raise TaskError(f"the environment gave the reward {reward}; rewards must be finite")
-        turn.reward = float(reward)
-        turn.action_valid = bool(info.get("action_valid", True))
-        trajectory.outcome_reward += float(reward)
+        self._earn(reward)
+        trajectory.turns[-1].action_valid = bool(info.get("action_valid", True))
         trajectory.success = bool(info.get("won", False))
         trajectory.answered = trajectory.answered or bool(info.get("answered", terminated))
+
+    def _earn(self, reward: float) -> None:
+        """Add a reward to the trajectory and to its last turn, if it has one."""
+        trajectory = self.trajectory
+        if not math.isfinite(reward):
+            raise TaskError(f"the environment gave the reward {reward}; rewards must be finite")
+        trajectory.outcome_reward += float(reward)
+        if trajectory.turns:
+            trajectory.turns[-1].reward += float(reward)
 
     def _append(self, tokens: Sequence[int], logps: Sequence[float] | None = None) -> None:
         trajectory = self.trajectory

@@ -244,7 +244,9 @@ def test_trajectories_with_the_real_sandbox(tool_tasks: MathTasks, chat: Chat) -
     # A call but no answer is a negative sample; neither is an incomplete one.
     assert outcome(silent) == outcome(thinking) == (-1.0, False, False, None)
     assert outcome(idle) == (-1.0, False, False, "incomplete")
-    assert outcome(endless)[1:] == (False, False, None)
+    # Nor does it pay to go on until the limit of turns.
+    assert outcome(endless) == (-1.0, False, False, None)
+    assert endless.turns[-1].reward == -1.0
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ class MathEnv:
         self._problem: Problem | None = None
         self._shown_code = False
         self.tools: Sequence[Tool] = tasks.tools
+        self.unfinished_reward = tasks.params.reward_wrong
 
     async def reset(self, *, seed: int, options: Mapping[str, Any]) -> tuple[str, Info]:
         """Ask problem `options["index"]` of `options["split"]`, which alone decide it.
