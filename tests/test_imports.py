@@ -60,6 +60,13 @@ FENCES = {
     "gymnasium": ("envs/adapters/gymnasium.py", "envs/adapters/actions.py"),
     "openenv": ("envs/adapters/openenv.py",),
     "verifiers": ("envs/adapters/verifiers.py", "envs/adapters/verifiers_trace.py", "envs/adapters/verifiers_tools.py"),
+    "alfworld": ("envs/alfworld/textworld_game.py",),
+    "textworld": ("envs/alfworld/textworld_game.py",),
+    "minigrid": ("envs/babyai/library.py", "envs/babyai/expert.py", "envs/babyai/view.py"),
+    "tantivy": ("envs/shopping/search_index.py",),
+    "math_verify": ("envs/math/check_worker.py",),
+    "reasoning_gym": ("envs/generators.py", "envs/math/check_worker.py"),
+    "pydantic_monty": ("envs/sandbox/monty.py",),
     "liger_kernel": ("update/liger.py",),
     "pynvml": ("memory/readings.py",),
     "yaml": ("config/",),
@@ -72,9 +79,9 @@ TRITON_FILES = ("kernel.py", "counted_kernel.py", "launch.py", "tile.py", "compi
 """Files of spear_kernels that may import triton; none of them is read on `import spear_kernels`."""
 
 HEAVY = (
-    "gymnasium", "jinja2", "matplotlib", "openenv", "pyarrow", "pydantic", "pydantic_core", "reasoning_gym", "rich",
-    "safetensors", "tensorboard", "tokenizers", "transformers", "triton", "trl", "verifiers", "verl", "vllm", "wandb",
-    "yaml",
+    "alfworld", "gymnasium", "jinja2", "math_verify", "matplotlib", "minigrid", "openenv", "pyarrow", "pydantic",
+    "pydantic_core", "pydantic_monty", "reasoning_gym", "rich", "safetensors", "tantivy", "tensorboard", "textworld",
+    "tokenizers", "transformers", "triton", "trl", "verifiers", "verl", "vllm", "wandb", "yaml",
 )  # fmt: skip
 """What the two packages must not need on import: all but torch and what torch itself may load."""
 
