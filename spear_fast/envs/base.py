@@ -56,13 +56,20 @@ class Environment(Protocol):
 
 
 @runtime_checkable
-class RewardsUnfinished(Protocol):
-    """An environment that also rewards an episode which a limit of turns or tokens ended before it could.
+class Finishable(Protocol):
+    """An environment that also scores an episode which a limit of turns or tokens ended before it could itself.
 
-    Without it that is worth 0, which where a wrong answer is worth less than 0 would pay for never answering.
+    Without it what was earned until then stands, which where a wrong answer is worth less than 0 would pay for never
+    answering.
     """
 
-    unfinished_reward: float
+    async def finish(self, text: str | None) -> tuple[float, Info]:
+        """Return a last reward, and in the info `won` and `answered`.
+
+        Args:
+            text: The message of the policy that a limit of tokens cut; None if every message was answered.
+        """
+        ...
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from spear_fast.envs.base import Environment, Info, RewardsUnfinished, TaskSet
+from spear_fast.envs.base import Environment, Info, Finishable, TaskSet
 from spear_fast.errors import EngineError, TaskError
 from spear_fast.rollout.engine import Completion, GenerationRequest
 from spear_fast.rollout.history import FULL, History, HistoryRule
@@ -128,8 +128,8 @@ class Episode:
 
     async def _play(self, environment: Environment) -> None:
         await self._reset(environment)
-        if not await self._converse(environment) and isinstance(environment, RewardsUnfinished):
-            self._earn(environment.unfinished_reward)
+        if not await self._converse(environment) and isinstance(environment, Finishable):
+            await self._finish(environment)
 
     async def _converse(self, environment: Environment) -> bool:
         """Let policy and environment talk until the environment ends the episode (True) or a limit does (False)."""
@@ -141,6 +141,13 @@ class Episode:
             if await self._respond(environment, is_last=turn == self._limits.max_turns - 1):
                 return True
         return False
+
+    async def _finish(self, environment: Finishable) -> None:
+        last = self.trajectory.messages[-1]
+        text = last["content"] if last["role"] == "assistant" else None
+        reward, info = await within(environment.finish(text), self._limits.env_timeout_s)
+        self._earn(reward)
+        self._conclude(info, answered=False)
 
     async def _reset(self, environment: Environment) -> None:
         task = self.trajectory.task
@@ -224,11 +231,14 @@ class Episode:
         return replies
 
     def _score(self, reward: float, terminated: bool, info: Info) -> None:
-        trajectory = self.trajectory
         self._earn(reward)
-        trajectory.turns[-1].action_valid = bool(info.get("action_valid", True))
-        trajectory.success = bool(info.get("won", False))
-        trajectory.answered = trajectory.answered or bool(info.get("answered", terminated))
+        self.trajectory.turns[-1].action_valid = bool(info.get("action_valid", True))
+        self._conclude(info, answered=terminated)
+
+    def _conclude(self, info: Info, answered: bool) -> None:
+        """Take over what an environment tells of the episode; `answered` holds if it does not tell that."""
+        self.trajectory.success = bool(info.get("won", False))
+        self.trajectory.answered = self.trajectory.answered or bool(info.get("answered", answered))
 
     def _earn(self, reward: float) -> None:
         """Add a reward to the trajectory and to its last turn, if it has one."""

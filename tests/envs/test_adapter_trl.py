@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from spear_fast.envs.adapters.trl import TrlTasks
+from spear_fast.envs.base import Info
 from spear_fast.envs.registry import make_task_set
 from spear_fast.envs.tool_schema import tool_schema
 from spear_fast.errors import ConfigError, TaskError
@@ -116,6 +119,21 @@ def test_an_environment_owns_tools_and_reward(tmp_path: Path) -> None:
     assert (lost.error, lost.outcome_reward, lost.success) == (None, 0.0, False)
     wrong = play(tasks, lambda each: "No." if each[-1]["role"] == "tool" else call("increment", step=-1), split, index)
     assert wrong.messages[-2]["content"] == "Error: only upwards" and wrong.num_valid_tool_calls == 0
+
+
+def test_an_episode_that_a_limit_ends_is_scored_as_far_as_it_came(tmp_path: Path) -> None:
+    tasks = make(tmp_path, environment=f"{HERE}:Counter", rewards=[f"{HERE}:goal_reached"], reward_weights=[2.0])
+    split, index = index_of(tasks, 3)
+
+    async def cut_off() -> tuple[float, Info]:
+        env = tasks.make()
+        await env.reset(seed=0, options={"split": split, "index": index})
+        for _ in range(3):
+            await env.tools[0](step=1) if inspect.iscoroutinefunction(env.tools[0]) else env.tools[0](step=1)
+        return await env.finish(None)
+
+    reward, info = asyncio.run(cut_off())
+    assert reward == 2 * 0.5 + 1.0 and info.get("won") and "answered" not in info
 
 
 def test_rows_with_equal_prompts_are_different_tasks_and_environments_are_reused(tmp_path: Path) -> None:

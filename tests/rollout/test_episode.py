@@ -91,6 +91,24 @@ def test_token_limits_truncate(chat):
     assert full.status is Status.TRUNCATED and len(full.tokens) <= opening + 2 * len(chat.message(ECHO)) + 60
 
 
+def test_what_a_limit_ends_is_scored_by_an_environment_that_can(chat):
+    asked = []
+
+    async def finish(text):
+        asked.append(text)
+        return -1.0, {"won": False, "answered": text is not None}
+
+    endless = play(chat, [ECHO] * 4, Broken("finish", finish))
+    assert (endless.outcome_reward, endless.answered, endless.status) == (-1.0, False, Status.OK)
+    assert [turn.reward for turn in endless.turns] == [0.0, 0.0, 0.0, -1.0]
+    cut = play(chat, ["1234567"], Broken("finish", finish), max_turn_tokens=3)
+    assert (cut.outcome_reward, cut.answered, cut.status) == (-1.0, True, Status.TRUNCATED)
+    assert asked[0] is None and "1234567".startswith(asked[1])
+    ended = play(chat, [ECHO, "7"], Broken("finish", finish))
+    assert ended.success and len(asked) == 2
+    assert play(chat, [ECHO] * 4, Broken("finish", raises)).status is Status.ENV_ERROR
+
+
 def test_a_megabyte_of_special_tokens_is_cut_and_defused(chat):
     trajectory = play(chat, ['<tool_call>{"name": "flood", "arguments": {}}</tool_call>', "7"], max_tokens=4000)
     assert trajectory.success

@@ -179,18 +179,26 @@ class TrlEnv:
 
     async def step(self, text: str) -> StepResult:
         """Score the conversation that ends with `text`. Raises TaskError naming the reward function that failed."""
+        reward, info = await self._score(text)
+        return "", reward, True, False, info | Info(action_valid=True, answered=True)
+
+    async def finish(self, text: str | None) -> tuple[float, Info]:
+        """Score the conversation as far as it came, as TRL does. Raises TaskError as `step` does."""
+        return await self._score(text)
+
+    async def _score(self, text: str | None) -> tuple[float, Info]:
+        """The weighted sum of rewards; `text` is the message that no tool answered, if there is one."""
         if self._row is None:
             raise TaskError("step was called before reset; reset the environment first")
         owner = self._recording.owner
-        final = {"role": "assistant", "content": text}
-        completion = text if isinstance(self._prompt, str) else [*self._recording.messages, final]
+        final = [] if text is None else [{"role": "assistant", "content": text}]
+        completion = text or "" if isinstance(self._prompt, str) else [*self._recording.messages, *final]
         columns = dict(self._row.columns) if owner is None else {**self._row.columns, "environments": owner}
         parts = await self._tasks.rewards.scores(self._calls, self._row.place, self._prompt, completion, columns)
         if owner is not None and self._tasks.has_own_reward:
             parts.append((1.0, await self._calls.run(owner.get_reward)))
         reward = _total(parts, self._row.place)
-        won = reward >= self._tasks.params.success_reward
-        return "", reward, True, False, Info(won=won, action_valid=True, answered=True)
+        return reward, Info(won=reward >= self._tasks.params.success_reward)
 
     async def close(self) -> None:
         """Give the environment back, unless a call that timed out is still inside it."""

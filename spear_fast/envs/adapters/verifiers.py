@@ -122,17 +122,25 @@ class VerifiersEnv:
 
     async def step(self, text: str) -> StepResult:
         """Score the conversation that ends with `text`. Raises what the task's hooks and rewards raise."""
+        reward, info = await self._score(text, "agent_completed")
+        return "", reward, True, False, info | Info(action_valid=True, answered=True)
+
+    async def finish(self, text: str | None) -> tuple[float, Info]:
+        """Score the conversation as far as it came. Raises what `step` raises."""
+        return await self._score(text, "max_turns")
+
+    async def _score(self, text: str | None, ended_by: str) -> tuple[float, Info]:
         if self._trace is None:
             raise TaskError("step was called before reset; reset the environment first")
-        record_turns(self._trace, self._prompt, [*self._recording.messages, {"role": "assistant", "content": text}])
-        self._trace.stop("agent_completed")
+        final = [] if text is None else [{"role": "assistant", "content": text}]
+        record_turns(self._trace, self._prompt, [*self._recording.messages, *final])
+        self._trace.stop(ended_by)
         await self._task.finalize(self._trace, _NO_RUNTIME)
         await self._task.score(self._trace)
         reward = float(self._trace.reward)
         if not math.isfinite(reward):
             raise TaskError(f"task {self._task.data.idx} of {self._tasks.params.taskset} has the reward {reward}")
-        won = reward >= self._tasks.params.success_reward
-        return "", reward, True, False, Info(won=won, action_valid=True, answered=True)
+        return reward, Info(won=reward >= self._tasks.params.success_reward)
 
     async def close(self) -> None:
         """Nothing is held."""

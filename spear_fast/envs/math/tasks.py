@@ -29,7 +29,6 @@ class MathEnv:
         self._problem: Problem | None = None
         self._shown_code = False
         self.tools: Sequence[Tool] = tasks.tools
-        self.unfinished_reward = tasks.params.reward_wrong
 
     async def reset(self, *, seed: int, options: Mapping[str, Any]) -> tuple[str, Info]:
         """Ask problem `options["index"]` of `options["split"]`, which alone decide it.
@@ -63,6 +62,10 @@ class MathEnv:
         reward = params.reward_correct if won else params.reward_wrong
         observation = "" if verdict in (Verdict.RIGHT, Verdict.WRONG) else f"The check of the answer {verdict.value}."
         return observation, reward, True, False, Info(won=won, action_valid=True, answered=True)
+
+    async def finish(self, text: str | None) -> tuple[float, Info]:
+        """Reward an episode that a limit ended as a wrong answer: its last message, if it was cut, is none."""
+        return self._tasks.params.reward_wrong, Info(won=False, answered=False)
 
     async def close(self) -> None:
         """Nothing is held; the sandbox belongs to the task set."""
