@@ -243,6 +243,14 @@ if wanted sync; then
   alone sync 400 bench/sync.py --suite cuda
 fi
 
+if wanted study; then
+  echo "== GRPO and GiGPO with and without SPEAR on generated ALFWorld, a model of 100 M parameters"
+  # A later call with the same STUDY_WORK goes on where this one was cut off.
+  run 590 "$python" bench/study.py configs/study/alfworld-gpu.yaml --arms pairs --seeds ${STUDY_SEEDS:-0} --jobs 1 \
+    --env-steps "${STUDY_ENV_STEPS:-100000}" --work "${STUDY_WORK:-$out/study}" --out "$out/study_alfworld.json" \
+    || failed+=("study")
+fi
+
 echo "== $((SECONDS - started)) s, results in $out"
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"

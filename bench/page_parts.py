@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import replay, rollout, sync
+from bench import agents, replay, rollout, sync
 from bench.layers import tables as kernel_tables
 from bench.layers.tables import milliseconds
 from bench.steps import tables as step_table
+from bench.studies import tables as study_tables
 from bench.updates import tables as trainer_tables
 
 Result = dict[str, Any]
@@ -45,6 +46,16 @@ def quickstart_table(*results: Result) -> str:
 
 def _rate(rate: float, interval: list[float]) -> str:
     return f"{100 * rate:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def study(*results: Result) -> str:
+    """Return the tables of every task family that was studied, with their provenance."""
+    parts = [f"**{result['config'].removesuffix('.yaml')}.** {study_tables.markdown(result)}" for result in results]
+    return (
+        "\n".join(parts) + "\nSuccess over the held-out tasks of all seeds, with 95 % Wilson intervals; intervals over "
+        "seeds are Student's, of differences between runs of equal seeds. Written by `bench/study.py` "
+        f"{provenance(results[0])}.\n"
+    )
 
 
 def kernel_times(result: Result) -> str:
@@ -142,6 +153,7 @@ DETAILS: dict[str, Callable[[Result], str]] = {
     "step": with_provenance("step", step_table.markdown),
     "trainer_only": with_provenance("trainer_only", trainer_tables.markdown),
     "rollout": with_provenance("rollout", rollout.markdown),
+    "agents": with_provenance("agents", agents.markdown),
     "sync": with_provenance("sync", sync.markdown),
     "replay": with_provenance("replay", replay.markdown),
 }

@@ -16,10 +16,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from bench import page_parts  # noqa: E402
+from bench import page_parts, sandbox  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
-PAGES = ("README.md", "kernels/README.md", "docs/performance.md")
+PAGES = ("README.md", "kernels/README.md", "docs/performance.md", "docs/sandbox.md")
+STUDIES = ("alfworld", "babyai")
+"""Task families whose studies the README shows."""
 NOT_GPUS = ("cpu", "compile")
 """Folders of results that are not named after a GPU."""
 
@@ -42,13 +44,16 @@ def updated(page: str) -> str:
 
 
 def _parts(page: str) -> dict[str, Callable[[], str]]:
-    names = (*page_parts.DETAILS, "kernels", "quickstart", "quickstart_vllm")
+    names = (*page_parts.DETAILS, "kernels", "quickstart", "quickstart_vllm", "sandbox")
     cpu = {name: partial(_json, f"cpu/{name}.json") for name in names}
     if page == "kernels/README.md":
         return {
             "kernels-cpu": lambda: page_parts.kernel_times(cpu["kernels"]()),
             "kernel-resources": lambda: page_parts.kernel_resources(_json("compile/kernels.json")),
         }
+    if page == "docs/sandbox.md":
+        table = page_parts.with_provenance("sandbox", sandbox.markdown)
+        return {"sandbox-cpu": lambda: table(cpu["sandbox"]())}
     if page == "docs/performance.md":
         details = page_parts.DETAILS.items()
         parts = {f"{name}-cpu": lambda name=name, table=table: table(cpu[name]()) for name, table in details}
@@ -56,6 +61,7 @@ def _parts(page: str) -> dict[str, Callable[[], str]]:
     return {
         "quickstart-results": lambda: page_parts.quickstart_table(cpu["quickstart"](), cpu["quickstart_vllm"]()),
         "quickstart-output": lambda: page_parts.fenced(_text("cpu/quickstart.txt")),
+        "study": lambda: page_parts.study(*(_json(f"cpu/study_{family}.json") for family in STUDIES)),
         "gpu-state": lambda: page_parts.gpu_state(_gpu_folders()),
         "step-summary": lambda: page_parts.step_summary(cpu["step"](), cpu["trainer_only"]()),
         "kernels-summary": lambda: page_parts.kernel_summary(cpu["kernels"]()),

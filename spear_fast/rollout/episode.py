@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from spear_fast.envs.base import Environment, Info, Finishable, TaskSet
+from spear_fast.envs.base import Environment, Finishable, Info, TaskSet
 from spear_fast.errors import EngineError, TaskError
 from spear_fast.rollout.engine import Completion, GenerationRequest
 from spear_fast.rollout.history import FULL, History, HistoryRule

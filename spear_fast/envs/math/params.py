@@ -43,8 +43,8 @@ class MathParams(HeldOutParams):
     reward_correct: float = 1.0
     """Reward of a right answer."""
     reward_wrong: float = -1.0
-    """Reward of a wrong answer, of a last message without one, and of a trajectory that a limit of turns or tokens ends,
-    as in the authors' runs."""
+    """Reward of a wrong answer, of a last message without one, and of a trajectory that a limit of turns or tokens
+    ends, as in the authors' runs."""
     check_timeout_s: PositiveFloat = 3.0
     """Longest check of one answer, in seconds; then it counts as wrong."""
     check_workers: Positive = 2
