@@ -16,6 +16,7 @@
 #   step             whole training steps beside TRL's
 #   trainer-only     updates on frozen rollouts beside TRL's
 #   rollout, sync    engines, and what new weights cost them
+#   study            GRPO and GiGPO with and without SPEAR on generated ALFWorld, with a model of 100 M parameters
 #
 # SESSION_SECONDS  time for everything (1500); a part that would start later is left out
 # ENGINE_WHEELS    folder with the wheels of bench/gpu_requirements.txt, where vLLM is not installed
@@ -25,6 +26,7 @@
 # RESULTS_ROOT     where the folder named after the GPU is made (bench/results)
 # BENCH_COMMIT     commit to name in the results, where the tree has no history
 # HEADS            which heads, to do less than all of them
+# STUDY_WORK, STUDY_SEEDS, STUDY_ENV_STEPS  folder of the runs, to go on with them; seeds (0); steps of each run (100000)
 # WORKLOADS        which workloads of `step` (long-tail tools game)
 # PYTHON           interpreter (python3)
 #
@@ -35,7 +37,7 @@ cd "$(dirname "$0")/.."
 dry_run=
 [[ "${1:-}" == --dry-run ]] && { dry_run=1; shift; }
 known=(tests colocated-tests run-tests colocated calibrate shares tokens logprob logits packed step
-  trainer-only rollout sync)
+  trainer-only rollout sync study)
 parts=" ${*:-${known[*]}} "
 for part in $parts; do
   [[ " ${known[*]} " == *" $part "* ]] || { echo "no part $part; choose from ${known[*]}"; exit 2; }

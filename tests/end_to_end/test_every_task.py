@@ -11,7 +11,7 @@ from spear_fast.envs.registry import available
 from spear_fast.log.records import METRICS_FILE, read_records
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-FILES = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "study").glob("*.yaml"))]
+FILES = sorted(file for file in [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("study/*.yaml")] if "-gpu" not in file.stem)
 NO_FILE = {"prompts", "gymnasium", "openenv", "trl", "verifiers"}
 """Task sets of what a user brings."""
 SMALL = (
