@@ -121,7 +121,9 @@ def check_algorithm(config: RunConfig, name: str) -> None:
     assert algo.loss.kl_coef == 0.0
 
 
-@pytest.mark.parametrize("name", ["math-qwen3-32b-drbot-spear", "webshop-qwen2.5-7b-gigpo"])
+@pytest.mark.parametrize(
+    "name", ["math-qwen3-32b-drbot-spear", "webshop-qwen2.5-7b-gigpo", "alfworld-qwen2.5-1.5b-grpo"]
+)
 def test_a_dry_run_prints_the_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(FOLDER / f"{name}.yaml"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -129,7 +131,7 @@ def test_a_dry_run_prints_the_plan(name: str, capsys: pytest.CaptureFixture[str]
     assert "Memory plan, 1 rank on" in printed and f"name: {name}" in printed
 
 
-@pytest.mark.parametrize("name", ["math-qwen2.5-32b-drbot", "webshop-qwen2.5-1.5b-grpo"])
+@pytest.mark.parametrize("name", ["math-qwen2.5-32b-drbot", "webshop-qwen2.5-1.5b-grpo", "alfworld-qwen2.5-1.5b-grpo"])
 def test_the_task_sets_know_the_parameters_and_want_the_official_files(name: str) -> None:
     """A recipe of a published run must not start on generated tasks."""
     task = load_config(FOLDER / f"{name}.yaml").task
