@@ -112,7 +112,7 @@ def _run(command: list[str], pins: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(
-            f"the environment of verl's tests cannot be made:\n{' '.join(command)}\n{done.stdout}{done.stderr}\n"
+            f"an environment cannot be made:\n{' '.join(command)}\n{done.stdout}{done.stderr}\n"
             f"It takes the packages of {pins.name} from PyPI, once. Without a network, put their files into a folder "
             "on another machine (pip download --no-deps -d FOLDER -r "
             f"{pins.name}) and set PIP_FIND_LINKS=FOLDER and PIP_NO_INDEX=1"

@@ -95,7 +95,10 @@ class MathEnv:
 
 
 class MathTasks:
-    """Math problems with answers in boxes. Close it to end sandbox and checkers."""
+    """Math problems with answers in boxes, with a code interpreter or without.
+
+    Close it to end sandbox and checkers.
+    """
 
     Params = MathParams
 
