@@ -54,8 +54,12 @@ def study(*results: Result) -> str:
     return (
         "\n".join(parts) + "\nSuccess over the held-out tasks of all seeds, with 95 % Wilson intervals; intervals over "
         "seeds are Student's, of differences between runs of equal seeds. Written by `bench/study.py` "
-        f"{provenance(results[0])}.\n"
+        f"{provenance(results[0])}; {', '.join(_family_at_commit(result) for result in results[1:])}.\n"
     )
+
+
+def _family_at_commit(result: Result) -> str:
+    return f"{result['config'].removesuffix('.yaml')} at commit {result['machine']['commit']}"
 
 
 def kernel_times(result: Result) -> str:
