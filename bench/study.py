@@ -58,6 +58,7 @@ class Study:
     def _finish(self, name: str, options: Sequence[str]) -> dict[str, Any]:
         folder = self.work / name
         summary = folder / DONE
+        asked = [self.config.read_text(encoding="utf-8"), str(self.env_steps), *options]
         if not summary.exists():
             folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, str(RUN), str(self.config), "--env-steps", str(self.env_steps)]
@@ -68,8 +69,11 @@ class Study:
             if done.returncode:
                 last = (folder / "output.txt").read_text(encoding="utf-8").splitlines()[-20:]
                 raise SystemExit("\n".join([f"the run {name} failed; {folder}/output.txt ends with", *last]))
-            write_json(summarise(read_records(folder / METRICS_FILE)), summary)
-        return json.loads(summary.read_text(encoding="utf-8"))
+            write_json({"asked": asked, "summary": summarise(read_records(folder / METRICS_FILE))}, summary)
+        done = json.loads(summary.read_text(encoding="utf-8"))
+        if done["asked"] != asked:
+            raise SystemExit(f"--work {self.work}: {name} was run with other settings; give another folder")
+        return done["summary"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = list(dict.fromkeys(arm for name in args.arms for arm in arms.SETS.get(name, [name])))
     for arm in chosen:
         arms.overrides(arm)
+    if any(":" in arm for arm in chosen):
+        # What a part is worth is told against all parts.
+        chosen = list(dict.fromkeys([*chosen, f"{arms.ABLATED}+spear"]))
     work = args.work.resolve()
     study = Study(
         args.config.resolve(), work, args.env_steps, max(1, (os.cpu_count() or 1) // args.jobs), tuple(args.overrides)

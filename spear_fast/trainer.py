@@ -76,7 +76,6 @@ class Trainer:
         self._owned = ExitStack()
         """Closes what was opened, the last first; each is tried, also when another fails."""
         self._owned.callback(close_tasks, self.tasks)
-        self.ranks = start_ranks(config.device, config.parallel, shard=config.needs_sharding)
         self.finished_steps = 0
         """Training steps done; also the version of the policy's weights."""
         self.started_groups = 0
@@ -85,8 +84,9 @@ class Trainer:
         self.stop_requested = False
         self._resumed, self._pushed = resume, False
         self.sinks = []
-        self._owned.callback(self.ranks.close)
         try:
+            self.ranks = start_ranks(config.device, config.parallel, shard=config.needs_sharding)
+            self._owned.callback(self.ranks.close)
             checkpoint = self._open(resume)
             self._assemble()
             if checkpoint is not None:
@@ -172,6 +172,9 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate on held-out tasks, log and return the statistics."""
+        if not self._pushed:
+            # Until then the engine holds the policy that the run started from.
+            self._push()
         self.progress.phase("evaluation")
         started = time.perf_counter()
         stats, groups = evaluate(self.config, self.tasks, self.collector, self.ranks, attempt=self._with_engine)

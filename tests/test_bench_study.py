@@ -108,6 +108,9 @@ def test_a_small_study_runs_goes_on_and_draws(tmp_path: Path) -> None:
     assert summary["evaluations"][-1]["env_steps"] == summary["env_steps"]
     assert file.with_suffix(".png").stat().st_size > 10_000
 
+    with pytest.raises(SystemExit, match="other settings"):
+        study.main([command[0], "update.lr=0.1", *command[1:], "--arms", "gigpo+spear"])
+
     folder = work / "gigpo-spear-5"
     records_before = read_records(folder / METRICS_FILE)
     finished = [record["step"] for record in records_before if records.env_steps(record)][-1]

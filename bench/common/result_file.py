@@ -12,4 +12,6 @@ def write_json(result: Mapping[str, Any], file: Path | None) -> None:
     """Write a result as JSON, making folders; None writes nothing."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        aside = file.with_name(file.name + ".new")
+        aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        aside.replace(file)

@@ -74,6 +74,9 @@ def test_boxes_that_never_close_take_linear_time() -> None:
         ("yes", "no", None),
         ("1", "1e0", None),
         ("1", ".", None),
+        ("11/2", "1 1/2", None),
+        ("12", "1 2", None),
+        ("1 1/2", "1 1/2", True),
     ],
 )
 def test_plain_comparison(reference: str, answer: str, equal: bool | None) -> None:

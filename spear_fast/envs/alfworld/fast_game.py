@@ -19,8 +19,9 @@ MOST_EXPERT_STEPS = 50
 class FastGame:
     """One game. Reward 1 for reaching the goal.
 
-    The anchor is the text that the last understood command led to, as in GiGPO's own set-up: a state that is seen
-    twice by different commands ("go to" and "examine") has two anchors, which loses comparisons but makes no wrong one.
+    The anchor is the text that the last understood command led to, as in GiGPO's own set-up. A state that is seen twice
+    by different commands ("go to" and "examine") has two anchors, and what the text does not tell, as what is carried,
+    does not part them.
     """
 
     def __init__(self, text: GameText) -> None:

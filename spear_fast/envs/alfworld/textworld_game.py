@@ -51,6 +51,7 @@ class TextworldGame:
             finally:
                 sys.argv[:] = arguments
         self._opening = self._seen = self._state.feedback
+        self._is_closed = False
 
     def opening(self) -> str:
         """Return the welcome, what is seen, and the goal."""
@@ -65,6 +66,8 @@ class TextworldGame:
         if action not in self._state.admissible_commands:
             return None
         with _ENGINE:
+            if self._is_closed:
+                raise TaskError("the game was left while a step waited for the engine")
             self._state, score, done = self._engine.step(action)
         self._seen = self._state.feedback
         return Outcome(self._seen, float(score), won=bool(self._state.won), over=bool(done))
@@ -85,6 +88,8 @@ class TextworldGame:
     def close(self) -> None:
         """Leave the engine to the next game."""
         with _ENGINE:
+            # A step that timed out may still wait for the engine, which another game will have by then.
+            self._is_closed = True
             _idle.append(self._engine)
 
 
@@ -103,7 +108,7 @@ class TextworldEnv(GameEnv):
         """Give the engine back."""
         game, self._game = self._game, None
         if isinstance(game, TextworldGame):
-            game.close()
+            await asyncio.to_thread(game.close)
 
 
 def request() -> textworld.EnvInfos:

@@ -9,11 +9,17 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?")
 _SPACES = re.compile(r"\\[,!;: ]|\\quad|[ \t\n]|(?<=[0-9])\{,\}(?=[0-9])")
 
 
+_APART = re.compile(r"[0-9]\s+[0-9]")
+"""Two numbers, a mixed fraction say, that are one without the space."""
+
+
 def compare_plain(reference: str, answer: str) -> bool | None:
     """Return whether two answers are equal, or None where that takes computer algebra.
 
     Dollar signs around a formula, spaces and thousands separators do not matter: "$1{,}234.50$" is 1234.5.
     """
+    if _APART.search(reference) or _APART.search(answer):
+        return True if reference.strip() == answer.strip() else None
     left, right = _normalised(reference), _normalised(answer)
     if left == right:
         return True

@@ -24,8 +24,8 @@ class SandboxParams(Section):
     """Address of the SandboxFusion server, e.g. http://host:8080."""
     workers: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=lambda: min(8, os.cpu_count() or 1))
     """Programs that run at once in this process, or requests to the server. Default: the cores, at most 8."""
-    timeout_s: PositiveFloat = 30.0
-    """Wall time of a program, in seconds."""
+    timeout_s: PositiveFloat = 25.0
+    """Wall time of a program, in seconds. Keep it below rollout.tool_timeout_s, so that the policy reads of it."""
     memory_mb: Annotated[int, Field(ge=256)] = 1024
     """Memory of a program, in MiB: address space of each of its processes, and what all of them hold together."""
     max_output_chars: Positive = 65_536

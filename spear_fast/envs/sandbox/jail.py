@@ -101,8 +101,10 @@ class Jail:
         return [*self._python(filter_fd), "-c", zygote, json.dumps(settings)]
 
     def check(self, filter_fd: int) -> None:
-        """Start Python in it and end. Raises ConfigError with what bubblewrap says."""
-        command = [*self._python(filter_fd), "-c", "import ctypes, resource, select"]
+        """Start Python in it, import what workers preload, and end. Raises ConfigError with what it says."""
+        folders = [f"/site/{index}" for index in range(len(self.interpreter.site_folders))]
+        modules = ", ".join(["ctypes", "resource", "select", *self.preload])
+        command = [*self._python(filter_fd), "-c", f"import sys; sys.path += {folders!r}; import {modules}"]
         try:
             done = subprocess.run(command, pass_fds=[filter_fd], capture_output=True, timeout=_PROBE_S, check=False)
         except subprocess.TimeoutExpired:

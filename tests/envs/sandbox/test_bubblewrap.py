@@ -286,3 +286,10 @@ def test_a_stuck_worker_and_one_that_cannot_start(monkeypatch):
     with pytest.raises(WorkerLostError, match="no room"):
         broken.wait_ready()
     broken.close()
+
+
+def test_a_module_that_only_this_process_finds_is_refused_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "only_here.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="only_here"):
+        make_sandbox(SandboxParams(preload=["only_here"]))

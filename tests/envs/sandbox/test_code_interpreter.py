@@ -92,7 +92,7 @@ def test_parameters_that_do_not_fit():
     ):
         with pytest.raises(ValidationError):
             SandboxParams.model_validate(wrong)
-    assert (SandboxParams().kind, SandboxParams().timeout_s, SandboxParams().memory_mb) == ("bubblewrap", 30.0, 1024)
+    assert (SandboxParams().kind, SandboxParams().timeout_s, SandboxParams().memory_mb) == ("bubblewrap", 25.0, 1024)
 
 
 def test_the_example_of_the_documentation(capsys):
