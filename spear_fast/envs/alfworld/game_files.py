@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from spear_fast.envs.splits import unit_hash
 from spear_fast.errors import TaskError
 
 from .generator import Draft, problem_of
@@ -66,12 +67,14 @@ def read_game(path: Path) -> GameText:
 
 
 def find_games(folder: Path, split: FolderSplit, task_types: Sequence[str]) -> list[Path]:
-    """Return the solvable games of a split in `folder`, sorted by path.
+    """Return the solvable games of a split in `folder`, in an order that mixes task types, by which paths begin.
 
+    A file's place follows from a hash of its path below the folder, so parts of the list stay disjoint between runs.
     The name of a game's folder, or of the one around it, begins with its task type. Raises TaskError if there is none.
     """
     places = [folder / name for name in FOLDERS[split] if (folder / name).is_dir()]
-    files = [path for place in places for path in sorted(place.rglob(_FILE)) if _is_of(path, place, task_types)]
+    files = [path for place in places for path in place.rglob(_FILE) if _is_of(path, place, task_types)]
+    files.sort(key=lambda path: unit_hash(path.relative_to(folder).as_posix()))
     solvable = [path for path in files if _load(path).get("solvable")]
     if not solvable:
         names = " or ".join(FOLDERS[split])

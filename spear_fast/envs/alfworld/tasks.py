@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from spear_fast.config.schema import NonNegative, Positive
 from spear_fast.envs.game import Game, GameEnv, GameParams, GameTasks
 from spear_fast.envs.pools import Pools
-from spear_fast.envs.splits import Split, check_index, check_split, unit_hash
+from spear_fast.envs.splits import Split, check_index, check_split
 from spear_fast.errors import ConfigError
 from spear_fast.seeds import derive_seed
 
@@ -151,14 +151,12 @@ class _FileSource:
     def __init__(self, name: str, params: AlfworldParams) -> None:
         self._name = name
         folder = Path(params.games)
-        train = _mixed(folder, find_games(folder, "train", params.task_types))
+        train = find_games(folder, "train", params.task_types)
         held_out = max(1, len(train) // DEMO_SHARE) if params.num_demo and len(train) > 1 else 0
         found: FolderSplit = params.eval_split
         self._files: dict[str, list[Path]] = {
             "train": train[held_out:][: params.num_train],
-            "eval": _mixed(folder, find_games(folder, found, params.task_types))[: params.num_eval]
-            if params.num_eval
-            else [],
+            "eval": find_games(folder, found, params.task_types)[: params.num_eval] if params.num_eval else [],
             "demo": train[:held_out][: params.num_demo],
         }
         self._sizes = {split: len(files) for split, files in self._files.items()}
@@ -203,11 +201,3 @@ def _different(source: _DrawnSource, count: int) -> list[Draft]:
 
 def _identity(draft: Draft) -> str:
     return draft.identity
-
-
-def _mixed(folder: Path, games: list[Path]) -> list[Path]:
-    """The games in an order that mixes task types, by which their paths begin.
-
-    A file's place depends on its path below the folder alone, so that the parts stay disjoint between runs.
-    """
-    return sorted(games, key=lambda path: unit_hash(path.relative_to(folder).as_posix()))

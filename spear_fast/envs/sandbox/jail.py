@@ -89,7 +89,7 @@ class Jail:
         zygote = Path(__file__).with_name("zygote.py").read_text(encoding="utf-8")
         settings = {
             "program_uid": self.program_uids[slot] if self.program_uids else None,
-            "site_folders": [f"/site/{index}" for index in range(len(self.interpreter.site_folders))],
+            "site_folders": self._site_folders,
             "preload": list(self.preload),
             "output_bytes": self.limits.output_bytes,
             "memory_bytes": self.limits.memory_mb * MIB,
@@ -102,9 +102,8 @@ class Jail:
 
     def check(self, filter_fd: int) -> None:
         """Start Python in it, import what workers preload, and end. Raises ConfigError with what it says."""
-        folders = [f"/site/{index}" for index in range(len(self.interpreter.site_folders))]
         modules = ", ".join(["ctypes", "resource", "select", *self.preload])
-        command = [*self._python(filter_fd), "-c", f"import sys; sys.path += {folders!r}; import {modules}"]
+        command = [*self._python(filter_fd), "-c", f"import sys; sys.path += {self._site_folders!r}; import {modules}"]
         try:
             done = subprocess.run(command, pass_fds=[filter_fd], capture_output=True, timeout=_PROBE_S, check=False)
         except subprocess.TimeoutExpired:
@@ -118,6 +117,11 @@ class Jail:
                 f"(docker: --privileged, or --cap-add SYS_ADMIN --security-opt seccomp=unconfined --security-opt "
                 f"systempaths=unconfined); elsewhere set kernel.unprivileged_userns_clone=1; {OTHER_WAYS}"
             )
+
+    @property
+    def _site_folders(self) -> list[str]:
+        """Where the interpreter's site-packages lie inside."""
+        return [f"/site/{index}" for index in range(len(self.interpreter.site_folders))]
 
     def _python(self, filter_fd: int) -> list[str]:
         python = Path("/py") / self.interpreter.executable
@@ -141,8 +145,8 @@ class Jail:
             elif path.is_dir():
                 words += ["--ro-bind", str(path), str(path)]
         words += ["--perms", "0755", "--dir", "/site"]  # made along the way, it would be closed to other users
-        for index, folder in enumerate(self.interpreter.site_folders):
-            words += ["--ro-bind", str(folder), f"/site/{index}"]
+        for folder, place in zip(self.interpreter.site_folders, self._site_folders, strict=True):
+            words += ["--ro-bind", str(folder), place]
         words += ["--proc", "/proc", "--dev", "/dev"]
         for folder in ("/dev/shm", "/tmp"):
             words += ["--perms", "1777", "--size", str(self.limits.disk_mb * MIB), "--tmpfs", folder]
