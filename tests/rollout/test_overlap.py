@@ -13,7 +13,6 @@ import pytest
 
 from spear_fast.data.chat import Chat
 from spear_fast.data.tokenizer import train_tokenizer
-from spear_fast.envs import threads
 from spear_fast.envs.prompts import PromptParams, PromptTasks
 from spear_fast.envs.tool_schema import tool_schema
 from spear_fast.rollout.collection import rollout_stats
@@ -115,8 +114,7 @@ def test_an_async_reward_stays_in_the_event_loop(collect):
     assert {t.outcome_reward for group in collect(reward).groups for t in group.trajectories} == {1.0}
 
 
-def test_a_reward_that_hangs_costs_its_trajectory_only_and_is_counted(collect, monkeypatch):
-    monkeypatch.setattr(threads, "_left", threads._Left())  # without those of other tests
+def test_a_reward_that_hangs_costs_its_trajectory_only_and_is_counted(collect):
     release, calls = threading.Event(), []
 
     def reward(completion, **columns):

@@ -184,7 +184,6 @@ def test_threads_are_bounded_and_waiting_for_one_is_not_running_late(monkeypatch
 def test_a_thread_that_outlives_its_limit_gives_its_place_back_and_is_counted(monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(threads, "MOST_LEFT", 2)
-    monkeypatch.setattr(threads, "_left", threads._Left())  # without those of other tests
 
     async def main() -> None:
         pool = Threads(1)
