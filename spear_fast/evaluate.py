@@ -52,6 +52,7 @@ def evaluate(
             tag="eval",
             first_uid=FIRST_UID,
             temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
             share=ranks.share(len(chosen)),
         )
         return merge(ranks.gather(own))

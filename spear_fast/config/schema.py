@@ -379,6 +379,8 @@ class EvalConfig(Section):
     """Trajectories per task."""
     temperature: NonNegativeFloat = 1.0
     """0 is greedy."""
+    top_p: Share = 1.0
+    """Tokens are drawn from the smallest set of the likeliest whose probabilities add up to this; 1 keeps all."""
 
 
 class CheckpointConfig(Section):

@@ -66,6 +66,7 @@ class Collector:
         tag: str,
         first_uid: int = 0,
         temperature: float | None = None,
+        top_p: float = 1.0,
         share: Sequence[int] | None = None,
         refill: bool = False,
     ) -> Collection:
@@ -77,6 +78,7 @@ class Collector:
             tag: Names this collection, e.g. "train/12"; with the run's seed it fixes all draws.
             first_uid: The trajectory at place k, of task k // G, gets uid `first_uid + k`.
             temperature: Instead of the limits' own; 0 is greedy.
+            top_p: See `GenerationRequest`; rows that are trained on need 1.
             share: Places in `tasks` that this rank rolls out, ascending; None takes all. Ids and draws follow from a
                 trajectory's place in the whole list, so they do not depend on how it is shared.
             refill: Play trajectories that failed again, `refill_attempts` times at most.
@@ -84,7 +86,8 @@ class Collector:
         Returns:
             The groups of the share, whose ids are their places in `tasks`; failed trajectories included.
         """
-        limits = self._limits if temperature is None else replace(self._limits, temperature=temperature)
+        own = self._limits
+        limits = replace(own, temperature=own.temperature if temperature is None else temperature, top_p=top_p)
         groups, parts = self._prepare(
             tasks, group_size, share, tag=tag, first_uid=first_uid, limits=limits, sampler=self._engine
         )

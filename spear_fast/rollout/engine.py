@@ -31,6 +31,9 @@ class GenerationRequest:
     stop_ids: tuple[int, ...]
     seed: int
     """Draws depend on (seed, position) only, never on the batch they were sampled in."""
+    top_p: float = 1.0
+    """Draw from the smallest set of the likeliest tokens whose probabilities at the temperature add up to this, in
+    (0, 1]. Log-probs are those within the set, so training needs 1."""
 
 
 @dataclass(frozen=True)

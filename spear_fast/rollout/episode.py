@@ -57,6 +57,7 @@ class EpisodeLimits:
     tool_concurrency: Mapping[str, int] = field(default_factory=dict)
     history: HistoryRule = FULL
     """`max_tokens` bounds one row under it."""
+    top_p: float = 1.0
 
     def tool_runner(self) -> ToolRunner:
         """Return what runs the tool calls of all trajectories that are under these limits."""
@@ -175,6 +176,7 @@ class Episode:
                 prompt=trajectory.tokens[row_start:],
                 max_tokens=room,
                 temperature=limits.temperature,
+                top_p=limits.top_p,
                 stop_ids=self._chat.stop_ids,
                 seed=derive_seed(self._seed, turn),
             )

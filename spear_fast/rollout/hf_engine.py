@@ -301,7 +301,8 @@ class HFEngine:
             np.array([len(r.request.prompt) + len(r.sampled) for r in batch], dtype=np.uint64),
         )
         temperatures = torch.tensor([request.temperature for request in requests], device=self._device)
-        tokens, logps = sample(logits, temperatures, torch.from_numpy(draws))
+        top_p = torch.tensor([request.top_p for request in requests], device=self._device)
+        tokens, logps = sample(logits, temperatures, torch.from_numpy(draws), top_p)
         for running, token, logp in zip(batch, tokens.tolist(), logps.tolist(), strict=True):
             running.version = self.weights_version if running.version is None else running.version
             running.sampled.append(token)

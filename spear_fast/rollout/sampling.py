@@ -31,20 +31,24 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def sample(logits: Tensor, temperatures: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, temperatures: Tensor, draws: Tensor, top_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Pick one token per row by inverting the cumulative distribution, and return its log-prob.
 
     Args:
         logits: [B, V], any float type; read once as float32.
         temperatures: float32 [B]; 0 takes the most likely token and reports its log-prob at temperature 1.
         draws: float64 [B], uniform in [0, 1).
+        top_p: [B] in (0, 1]; a row below 1 is drawn from its nucleus.
 
     Returns:
-        tokens int64 [B], log-probs float32 [B] in nats at the sampling temperature.
+        tokens int64 [B], log-probs float32 [B] in nats under the distribution that was drawn from.
     """
     greedy = temperatures == 0
     scale = torch.where(greedy, torch.ones_like(temperatures), temperatures)
     logp = torch.log_softmax(logits.float() / scale[:, None], dim=-1)  # [B, V]
+    if top_p is not None and bool((top_p < 1).any()):
+        kept = nucleus(logp.exp(), top_p) | greedy[:, None]
+        logp = torch.log_softmax(logp.masked_fill(~kept, float("-inf")), dim=-1)
     cumulative = logp.double().exp().cumsum(dim=-1)
     threshold = (draws.to(logits.device) * cumulative[:, -1])[:, None]
     drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
@@ -52,3 +56,22 @@ def sample(logits: Tensor, temperatures: Tensor, draws: Tensor) -> tuple[Tensor,
     drawn = drawn.clamp(max=logits.shape[-1] - 1)
     tokens = torch.where(greedy, logp.argmax(dim=-1), drawn)
     return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
+
+
+def nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """Return the smallest set of the likeliest tokens whose probabilities add up to at least `top_p`.
+
+    Args:
+        probabilities: [B, V].
+        top_p: [B]; a row of 1 keeps all tokens. The likeliest token always stays.
+
+    Returns:
+        bool [B, V]. Of equal probabilities at the border those with the lower id stay.
+
+    Source: Holtzman et al., arXiv 1904.09751, section 3.1.
+    """
+    ordered, order = probabilities.double().sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    limit = torch.where(top_p < 1, top_p.double(), torch.inf)
+    kept = before < limit[:, None]
+    return torch.zeros_like(kept).scatter(1, order, kept)

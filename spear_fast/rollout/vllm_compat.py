@@ -200,14 +200,15 @@ def token_prompt(tokens: list[int]) -> Any:
     return TokensPrompt(prompt_token_ids=tokens)
 
 
-def sampling_params(max_tokens: int, temperature: float, stop_ids: tuple[int, ...], seed: int) -> Any:
-    """What to sample and to return: new tokens with their log-probs, no text, nothing but temperature applied."""
+def sampling_params(max_tokens: int, temperature: float, stop_ids: tuple[int, ...], seed: int, top_p: float) -> Any:
+    """What to sample and to return: new tokens with their log-probs, no text, no processor but those two applied."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     wanted = {
         "max_tokens": max_tokens,
         "temperature": temperature,
+        "top_p": top_p,
         "stop_token_ids": list(stop_ids),
         "seed": seed,
         "ignore_eos": True,

@@ -31,6 +31,7 @@ class CoreRequest:
     temperature: float
     stop_ids: tuple[int, ...]
     seed: int
+    top_p: float
 
 
 @dataclass
@@ -144,7 +145,7 @@ class VllmCore:
         with kept_torch_rng(self._device):
             for request in adds:
                 params = vllm_compat.sampling_params(
-                    request.max_tokens, request.temperature, request.stop_ids, request.seed
+                    request.max_tokens, request.temperature, request.stop_ids, request.seed, request.top_p
                 )
                 self._llm.add_request(str(request.key), vllm_compat.token_prompt(request.tokens), params)
             finished = False

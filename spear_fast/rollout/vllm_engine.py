@@ -263,6 +263,7 @@ class VllmEngine:
             temperature=request.temperature,
             stop_ids=tuple(token for token in request.stop_ids if token < self._vocab_size),
             seed=seed & 0x7FFF_FFFF_FFFF_FFFF,
+            top_p=request.top_p,
         )
 
     def _collect(self, advancing: Future[list[Progress]]) -> None:

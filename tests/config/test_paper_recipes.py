@@ -37,6 +37,7 @@ TABLE = {
     "decay_steps": (200, 200, 200),
     "cov": ((0.02, 1.0, 40.0), (0.02, 2.0, 60.0), (0.02, 2.0, 60.0)),
     "temperature": (1.0, 0.4, 0.4),
+    "top_p": (0.6, 1.0, 1.0),
     "samples": (32, 1, 1),
 }
 TASKS = ("math", "alfworld", "webshop")
@@ -102,6 +103,7 @@ def numbers(config: RunConfig) -> dict[str, object]:
         "decay_steps": algo.intrinsic.decay_steps,
         "cov": cov,
         "temperature": config.eval.temperature,
+        "top_p": config.eval.top_p,
         "samples": config.eval.samples,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from spear_fast.errors import EngineError
 from spear_fast.rollout.engine import GenerationRequest
 from spear_fast.rollout.hf_engine import HFEngine
 from spear_fast.weights_digest import digest
+from tests.rollout.test_sampling import nucleus_logps
 
 VOCAB = 37
 STOP = 5
@@ -92,6 +94,17 @@ def test_greedy_tokens_equal_transformers():
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=STOP, pad_token_id=0
         )[0, len(prompt) :]
         assert completion.tokens == expected.tolist()
+
+
+def test_top_p_draws_from_the_nucleus_only():
+    model = make_model()
+    requests = [replace(request(uid, prompt_of(uid)), top_p=0.5 if uid % 2 else 1.0) for uid in range(8)]
+    for each, completion in zip(requests, generate(make_engine(model), requests), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([each.prompt + completion.tokens])).logits[0, len(each.prompt) - 1 : -1]
+        allowed = nucleus_logps(logits, each.top_p)
+        for logps, token, logp in zip(allowed, completion.tokens, completion.logps, strict=True):
+            assert abs(logps[token] - logp) < 1e-4
 
 
 def test_a_draw_does_not_depend_on_the_company_it_is_made_in():

@@ -69,7 +69,7 @@ def load(core: VllmCore) -> None:
 
 
 def ask(core: VllmCore) -> None:
-    core.advance([CoreRequest(1, [1], 1, 1.0, (), 0)], lambda: False)
+    core.advance([CoreRequest(1, [1], 1, 1.0, (), 0, 1.0)], lambda: False)
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -173,8 +173,8 @@ def test_logps_are_read_in_both_forms_and_missing_ones_are_not_numbers():
     assert len(absent) == 1 and absent[0] != absent[0]
 
 
-def test_nothing_but_temperature_shapes_the_distribution():
-    params = vllm_compat.sampling_params(5, 0.7, (3,), seed=2**63 - 1)
-    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.7, 1.0, 0, 0.0)
+def test_nothing_but_temperature_and_top_p_shapes_the_distribution():
+    params = vllm_compat.sampling_params(5, 0.7, (3,), seed=2**63 - 1, top_p=0.9)
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.7, 0.9, 0, 0.0)
     assert (params.stop_token_ids, params.ignore_eos, params.logprobs, params.detokenize) == ([3], True, 0, False)
     assert params.seed == 2**63 - 1 and params.max_tokens == 5

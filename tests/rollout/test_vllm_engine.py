@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from spear_fast.rollout.vllm_factory import make_vllm_engine
 from spear_fast.rollout.vllm_isolation import LAUNCHER
 from spear_fast.rollout.vllm_process import CoreProcess
 from spear_fast.weights_digest import digest
+from tests.rollout.test_sampling import nucleus_logps
 
 HEAD_ROWS = 70
 VOCAB = 61
@@ -163,6 +165,17 @@ def test_no_token_of_the_padding_is_sampled_nor_has_probability(engine):
         for each, completion in zip(requests, generate(engine, requests), strict=True):
             assert max(completion.tokens) < VOCAB
             assert gap(model, each.prompt, completion).max() < 1e-4
+
+
+def test_top_p_draws_from_the_nucleus_only(engine):
+    model = push(engine, make_model())
+    requests = [replace(request(uid, prompt_of(uid)), top_p=0.5 if uid % 2 else 1.0) for uid in range(8)]
+    for each, completion in zip(requests, generate(engine, requests), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([each.prompt + completion.tokens])).logits[0, len(each.prompt) - 1 : -1, :VOCAB]
+        allowed = nucleus_logps(logits, each.top_p)
+        for logps, token, logp in zip(allowed, completion.tokens, completion.logps, strict=True):
+            assert abs(logps[token] - logp) < 1e-4
 
 
 def test_equal_requests_get_equal_tokens_and_other_seeds_others(engine):
