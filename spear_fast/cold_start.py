@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from spear_fast.envs.base import TaskSet
 from spear_fast.errors import ConfigError
 from spear_fast.imitation import Imitation
 from spear_fast.rollout.demo_file import read_demos
-from spear_fast.rollout.demos import Messages, demonstrate, demonstration_rows
+from spear_fast.rollout.demos import LIMITS, Messages, demonstrate, demonstration_rows
 from spear_fast.run_folder import RunFolder
 from spear_fast.types import Row
 
@@ -62,7 +63,15 @@ def load_demos(config: RunConfig, tasks: TaskSet) -> list[Messages]:
     cold = config.cold_start
     if cold.demos_file is not None:
         return read_demos(Path(cold.demos_file), tasks.tools)
-    return demonstrate(tasks, cold.num_demos, max_turns=config.rollout.max_turns, seed=config.seed)
+    rollout = config.rollout
+    limits = replace(
+        LIMITS,
+        tool_timeout_s=rollout.tool_timeout_s,
+        tool_timeouts_s=rollout.tool_timeouts_s,
+        env_timeout_s=rollout.env_timeout_s,
+        max_observation_chars=rollout.max_observation_chars,
+    )
+    return demonstrate(tasks, cold.num_demos, max_turns=rollout.max_turns, seed=config.seed, limits=limits)
 
 
 def untaught_policy(config: RunConfig, tasks: TaskSet, demos: Sequence[Messages], ranks: Ranks) -> Policy:

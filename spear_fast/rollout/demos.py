@@ -24,8 +24,17 @@ Messages = list[dict[str, Any]]
 
 _END = 256
 
-LIMITS = EpisodeLimits(1, 1 << 16, 1 << 20, 1.0, 30.0, 0, 60.0, 1 << 20)
-"""Of demonstrations, but for their turns: no expert comes near them."""
+LIMITS = EpisodeLimits(
+    max_turns=1,
+    max_turn_tokens=1 << 16,
+    max_tokens=1 << 20,
+    temperature=1.0,
+    tool_timeout_s=30.0,
+    tool_retries=0,
+    env_timeout_s=60.0,
+    max_observation_chars=1 << 20,
+)
+"""Of demonstrations, but for their turns: no expert comes near these numbers of tokens."""
 
 
 class _Utf8Chat:
@@ -72,17 +81,24 @@ class _ExpertTasks:
         return [*text.encode(), _END]
 
 
-def demonstrate(tasks: TaskSet, count: int, *, max_turns: int, seed: int) -> list[Messages]:
+def demonstrate(
+    tasks: TaskSet, count: int, *, max_turns: int, seed: int, limits: EpisodeLimits = LIMITS
+) -> list[Messages]:
     """Let the expert solve `count` tasks of the demo split, or all of it if it has fewer; see `demonstrations`.
 
     Returns:
         One transcript per task, in OpenAI's message shape.
     """
-    return [messages for _, messages in demonstrations(tasks, count, max_turns=max_turns, seed=seed)]
+    made = demonstrations(tasks, count, max_turns=max_turns, seed=seed, limits=limits)
+    return [messages for _, messages in made]
 
 
-def demonstrations(tasks: TaskSet, count: int, *, max_turns: int, seed: int) -> Iterator[tuple[Task, Messages]]:
+def demonstrations(
+    tasks: TaskSet, count: int, *, max_turns: int, seed: int, limits: EpisodeLimits = LIMITS
+) -> Iterator[tuple[Task, Messages]]:
     """Yield the first `count` tasks of the demo split, or all of it if it has fewer, and how the expert solved each.
+
+    Time limits and the longest observation are those of `limits`, so that what is taught can be what rollouts show.
 
     Raises:
         TaskError: The environment has no `expert`, or its expert failed.
@@ -94,7 +110,7 @@ def demonstrations(tasks: TaskSet, count: int, *, max_turns: int, seed: int) -> 
             "that can already act"
         )
     split, size = demo_split(tasks)
-    limits = replace(LIMITS, max_turns=max_turns)
+    limits = replace(limits, max_turns=max_turns)
     # One event loop for all: what an environment keeps between episodes may belong to its loop.
     with asyncio.Runner() as runner:
         for index in range(min(count, size)):

@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from spear_fast.cold_start import load_demos
+from spear_fast.config.schema import RunConfig
 from spear_fast.data.chat import Chat
 from spear_fast.data.prompts import make_task
 from spear_fast.data.tokenizer import train_tokenizer
@@ -76,3 +78,20 @@ def test_an_expert_that_fails_is_reported():
 
     with pytest.raises(TaskError, match="expert of 'guess' failed on demo task 0"):
         demonstrate(Tasks(None, 0), 2, max_turns=2, seed=0)
+
+
+def test_a_cold_start_teaches_observations_cut_as_rollouts_cut_them():
+    class Wordy(GuessEnv):
+        async def reset(self, *, seed, options):
+            text, info = await super().reset(seed=seed, options=options)
+            return text + "!" * 500, info
+
+    class Tasks(GuessTasks):
+        def make(self):
+            return Wordy()
+
+    whole = demonstrate(Tasks(None, 0), 1, max_turns=4, seed=0)[0][0]["content"]
+    assert "!" * 500 in whole
+    config = RunConfig.model_validate({"task": {"name": "guess"}, "rollout": {"max_observation_chars": 100}})
+    (question, *_), *_ = load_demos(config, Tasks(None, 0))
+    assert "characters left out" in question["content"] and len(question["content"]) < 150
