@@ -22,7 +22,7 @@ from spear_fast.rollout.history import HistoryRule
 from spear_fast.rollout.scripted_engine import ScriptedEngine
 from spear_fast.types import Trajectory, row_uid
 from tests.rollout.test_episode import LIMITS
-from tests.toys import GuessEnv, GuessTasks
+from tests.toys import GUESS_RUN, GuessEnv, GuessTasks
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,6 @@ def test_a_cold_start_teaches_observations_cut_as_rollouts_cut_them():
 
     whole = demonstrate(Tasks(None, 0), 1, max_turns=4, seed=0)[0][0]["content"]
     assert "!" * 500 in whole
-    config = RunConfig.model_validate({"task": {"name": "guess"}, "rollout": {"max_observation_chars": 100}})
+    config = RunConfig.model_validate(GUESS_RUN | {"rollout": {"max_tokens": 40, "max_observation_chars": 100}})
     (question, *_), *_ = load_demos(config, Tasks(None, 0))
     assert "characters left out" in question["content"] and len(question["content"]) < 150
