@@ -83,15 +83,21 @@ def test_an_expert_that_fails_is_reported():
 def test_a_cold_start_teaches_observations_cut_as_rollouts_cut_them():
     class Wordy(GuessEnv):
         async def reset(self, *, seed, options):
-            text, info = await super().reset(seed=seed, options=options)
-            return text + "!" * 500, info
+            self.asked = False
+            return await super().reset(seed=seed, options=options)
+
+        async def step(self, text):
+            if self.asked:
+                return await super().step(text)
+            self.asked = True
+            return "!" * 500, 0.0, False, False, {}
 
     class Tasks(GuessTasks):
         def make(self):
             return Wordy()
 
-    whole = demonstrate(Tasks(None, 0), 1, max_turns=4, seed=0)[0][0]["content"]
-    assert "!" * 500 in whole
-    config = RunConfig.model_validate(GUESS_RUN | {"rollout": {"max_tokens": 40, "max_observation_chars": 100}})
-    (question, *_), *_ = load_demos(config, Tasks(None, 0))
-    assert "characters left out" in question["content"] and len(question["content"]) < 150
+    whole = demonstrate(Tasks(None, 0), 1, max_turns=2, seed=0)
+    assert whole[0][2]["content"] == "!" * 500
+    rollout = GUESS_RUN["rollout"] | {"max_observation_chars": 100}
+    cut = load_demos(RunConfig.model_validate(GUESS_RUN | {"rollout": rollout}), Tasks(None, 0))
+    assert "400 characters left out" in cut[0][2]["content"]
