@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from spear_fast.log.progress import Progress
 from spear_fast.sft import Sft, split_demos
 from tests.toys import GUESS_RUN
 
+ROOT = Path(__file__).parents[1]
 RUN: dict[str, Any] = {
     **GUESS_RUN,
     "name": "sft",
@@ -79,6 +83,31 @@ def test_training_and_held_out_loss_fall(folder):
     steps = [line for line in lines if "sft/loss_nats" in line]
     assert steps[0]["update/lr"] == pytest.approx(5e-3) and steps[1]["update/lr"] == pytest.approx(1e-2)
     assert [line["eval/num_tasks"] for line in lines if "eval/success_rate" in line] == [2.0]
+
+
+def test_two_ranks_learn_what_one_does(folder):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    options = [f"out={folder}", "name=ranks", "cold_start.eval_success=false"]
+    # What a launcher above this test has set would make the run a part of another job.
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [*launcher, "spear_fast.cli", "sft", str(folder / "run.yaml"), *options],
+        capture_output=True,
+        text=True,
+        env={**inherited, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (
+        [line[key] for line in records(folder / name) for key in ("sft/loss_nats", "sft/eval_loss_nats") if key in line]
+        for name in ("sft", "ranks")
+    )
+    assert len(one) == 13 and two == pytest.approx(one, rel=1e-3)
+    assert (
+        load_file(folder / "ranks/model/model.safetensors").keys()
+        == load_file(folder / "sft/model/model.safetensors").keys()
+    )
 
 
 def test_the_end_is_reported(tmp_path, capsys):

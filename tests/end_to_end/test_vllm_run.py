@@ -31,9 +31,13 @@ def run(out: Path, *overrides: str) -> Path:
     return out / "quickstart"
 
 
-def assert_learnt_with_its_own_weights(folder: Path) -> None:
+def steps_of(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "reward/mean" in line]
+    return [line for line in lines if "reward/mean" in line]
+
+
+def assert_learnt_with_its_own_weights(folder: Path) -> None:
+    steps = steps_of(folder)
     assert [line["sync/version"] for line in steps] == [1, 2, 3]
     assert all(line["sync/unverified"] == 0 for line in steps), "every parameter must be compared with the engine's"
     assert all(line["update/logp_gap_nats"] < 0.02 for line in steps)
@@ -53,3 +57,10 @@ def test_the_quickstart_runs_with_vllm(quickstart):
 def test_its_policy_trains_on_in_bfloat16_with_vllm_in_a_process_of_its_own(quickstart, tmp_path):
     start = [f"model.path={quickstart / 'start_model'}", "cold_start.steps=0"]
     assert_learnt_with_its_own_weights(run(tmp_path, *start, "engine.placement=process", "model.dtype=bfloat16"))
+
+
+def test_windowed_rows_are_what_vllm_was_fed(quickstart, tmp_path):
+    start = [f"model.path={quickstart / 'start_model'}", "cold_start.steps=0"]
+    folder = run(tmp_path, *start, "rollout.history=windowed", "rollout.window=1", "steps=3")
+    assert_learnt_with_its_own_weights(folder)
+    assert all(line["rollout/rows_mean"] == line["rollout/turns_mean"] > 1 for line in steps_of(folder))
