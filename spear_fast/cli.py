@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ from spear_fast.errors import MissingDependencyError, SpearError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_OUTPUT_CLOSED = 141
+"""As shells report a program that a closed pipe ended."""
 TRAIN_PACKAGES = ("transformers", "tokenizers", "safetensors", "jinja2")
 """What only the extra `train` installs."""
 
@@ -26,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code. Errors of the user's making are printed without a traceback."""
     args = _parse(argv)
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except SpearError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -38,6 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; a training run continues from its newest checkpoint with --resume", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        return EXIT_OUTPUT_CLOSED
+
+
+def _output_is_closed() -> bool:
+    """Whether whoever read this command's output has gone, as `| head` does; if so nothing more is written to it."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are reported unasked
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,24 @@ def test_games_are_left_to_the_task_set(tmp_path, capsys):
     arguments = ["--games", "4", "--seed", "2", "--out", str(tmp_path / "games"), "engine=slow"]
     assert main(["tasks", f"{HERE}:Written", *arguments]) == 0
     assert capsys.readouterr().out == f"engine slow, 4 games, seed 2, {tmp_path / 'games'}\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_ends_the_command_quietly(unbuffered):
+    reads, writes = os.pipe()
+    os.close(reads)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "spear_fast.cli", "tasks", "treasure"]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch):
+    def broken(_: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("spear_fast.cli.tasks", broken)
+    with pytest.raises(BrokenPipeError), open(os.devnull, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        main(["tasks"])
