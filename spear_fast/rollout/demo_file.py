@@ -12,11 +12,11 @@ from typing import Any
 from spear_fast.envs.base import TaskSet, Tool
 from spear_fast.envs.tool_schema import tool_schema
 from spear_fast.errors import TaskError
-from spear_fast.rollout.demos import Messages
+from spear_fast.rollout.demos import Messages, is_learned
 from spear_fast.types import Task
 
 ROLES = ("system", "user", "assistant", "tool")
-_READ = ("role", "content", "tool_calls", "reasoning_content")
+_READ = ("role", "content", "tool_calls", "reasoning_content", "weight")
 _OF_NO_USE = ("name", "tool_call_id")
 """Keys of messages that rollouts do not have either."""
 
@@ -56,11 +56,12 @@ def write_demos(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
 
 
 def read_demos(path: Path, tools: Sequence[Tool]) -> list[Messages]:
-    """Return the conversations of a file, as rollouts have them: each message with `role` and `content` alone.
+    """Return the conversations of a file, as rollouts have them: each message with `role` and `content`.
 
     A line is `{"messages": [...]}`. Of other keys only `tools` is looked at: it must name the task set's `tools`, which
     the policy will be shown. Calls in `tool_calls` are put into the text in Hermes' format and `reasoning_content`
-    between think tags, for this is how a policy writes them here.
+    between think tags, for this is how a policy writes them here. An assistant's message with `weight` 0 is context,
+    e.g. of a few-shot prompt, and keeps that key.
 
     Raises:
         TaskError: The file cannot be read or holds no demonstration; naming line and field, a line is none.
@@ -116,18 +117,22 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     if unknown:
         raise TaskError(f"{place}.{unknown[0]}: unknown field; known are {', '.join((*_READ, *_OF_NO_USE))}")
     said = {key: message[key] for key in ("tool_calls", "reasoning_content") if message.get(key)}
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise TaskError(f"{place}.weight must be 1, to learn the message, or 0, to show it only; it is {weight!r}")
     content = message.get("content")
     if content is None and said:
         content = ""
     if not isinstance(content, str):
         raise TaskError(f"{place}.content must be text, not {type(content).__name__}")
-    if said and message["role"] != "assistant":
-        raise TaskError(f"{place}.{next(iter(said))}: only an assistant's message may have it")
+    if (said or weight is not None) and message["role"] != "assistant":
+        raise TaskError(f"{place}.{next(iter(said), 'weight')}: only an assistant's message may have it")
     thought = said.get("reasoning_content", "")
     if not isinstance(thought, str):
         raise TaskError(f"{place}.reasoning_content must be text, not {type(thought).__name__}")
     parts = [f"<think>\n{thought}\n</think>"] * bool(thought) + [content] * bool(content)
-    return {"role": message["role"], "content": "\n".join([*parts, *_calls(said.get("tool_calls", []), place)])}
+    content = "\n".join([*parts, *_calls(said.get("tool_calls", []), place)])
+    return {"role": message["role"], "content": content, **({"weight": 0} if weight == 0 else {})}
 
 
 def _calls(calls: Any, place: str) -> Iterator[str]:
@@ -151,8 +156,8 @@ def _calls(calls: Any, place: str) -> Iterator[str]:
 def _check_order(messages: Messages, place: str) -> None:
     """Raise unless the conversation could be a rollout's: an opening, then the assistant and others in turn."""
     roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise TaskError(f"{place}: messages has no assistant's message, so there is nothing to learn")
+    if not any(is_learned(message) for message in messages):
+        raise TaskError(f"{place}: messages has no assistant's message of weight 1, so there is nothing to learn")
     for index, role in enumerate(roles):
         if role == "assistant" and (index == 0 or roles[index - 1] in ("assistant", "system")):
             before = f"after the {roles[index - 1]}'s" if index else "first"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -164,13 +164,19 @@ def demonstration_text(messages: Messages) -> str:
     return "\n".join(f"{message['role']}\n{message['content']}" for message in messages)
 
 
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether a message of a transcript is to be imitated: the assistant's are, but for those with `weight` 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 def demonstration_rows(messages: Messages, chat: Chat, uid: int, history: HistoryRule) -> list[Row]:
-    """Return a transcript as training rows: action tokens are the assistant's, each with advantage 1.
+    """Return a transcript as training rows: action tokens are those of the messages to learn, with advantage 1.
 
     The tokens are those that rollout would have produced under the same `history`: opening, message, what follows, ...
-    Row k has uid `row_uid(uid, k)`; all have the group id `uid`.
+    Assistant's messages before the first one to learn belong to the opening, as those of a few-shot prompt do.
+    Row k has uid `row_uid(uid, k)`; all have the group id `uid`. Rows with nothing to learn are left out.
     """
-    first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    first = next(index for index, message in enumerate(messages) if is_learned(message))
     feed = History(chat, history)
     rows = [_Draft(feed.open(messages[:first]))]
     num_new = 0
@@ -184,9 +190,10 @@ def demonstration_rows(messages: Messages, chat: Chat, uid: int, history: Histor
                 rows.append(_Draft(fed.tokens))
             else:
                 rows[-1].append(fed.tokens, spoken=False)
-        rows[-1].append(chat.message(message["content"]), spoken=True)
+        rows[-1].append(chat.message(message["content"]), spoken=is_learned(message))
         num_new = 0
-    return [row.finished(row_uid(uid, part), group_id=uid) for part, row in enumerate(rows)]
+    made = [row.finished(row_uid(uid, part), group_id=uid) for part, row in enumerate(rows)]
+    return [row for row in made if row.action_mask.any()]
 
 
 class _Draft:

@@ -18,6 +18,7 @@ from spear_fast.rollout.tool_calls import ToolCall, parse_tool_calls
 from tests.toys import echo
 
 ASK = {"role": "user", "content": "Say a."}
+SAY = {"role": "assistant", "content": "a"}
 CALL = {"function": {"name": "echo", "arguments": {"text": "a"}}}
 
 
@@ -93,6 +94,11 @@ def test_calls_and_thoughts_in_fields_of_their_own_become_text(tmp_path, argumen
     assert demo[2:] == [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "a"}]
 
 
+def test_a_message_of_weight_0_keeps_it(tmp_path):
+    conversation = [ASK, {**SAY, "weight": 0}, ASK, {**SAY, "weight": 1}]
+    assert read_demos(lines_of(tmp_path, {"messages": conversation}), []) == [[ASK, conversation[1], ASK, SAY]]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -104,7 +110,10 @@ def test_calls_and_thoughts_in_fields_of_their_own_become_text(tmp_path, argumen
         ({"messages": [ASK, {"role": "model", "content": "a"}]}, r"messages\[1\].role must be one of"),
         ({"messages": [ASK, {"role": "assistant"}]}, r"messages\[1\].content must be text, not NoneType"),
         ({"messages": [{"role": "user", "content": [ASK]}]}, r"messages\[0\].content must be text, not list"),
-        ({"messages": [{**ASK, "weight": 0}]}, r"messages\[0\].weight: unknown field"),
+        ({"messages": [{**ASK, "mood": 0}]}, r"messages\[0\].mood: unknown field"),
+        ({"messages": [{**ASK, "weight": 0}]}, r"messages\[0\].weight: only an assistant's"),
+        ({"messages": [ASK, {**SAY, "weight": 0.5}]}, r"messages\[1\].weight must be 1.* it is 0.5"),
+        ({"messages": [ASK, {**SAY, "weight": 0}]}, "no assistant's message of weight 1"),
         ({"messages": [{**ASK, "tool_calls": [CALL]}]}, r"messages\[0\].tool_calls: only an assistant's"),
         ({"messages": [ASK, {"role": "assistant", "tool_calls": ["a"]}]}, r"messages\[1\].tool_calls\[0\] must be of"),
         (

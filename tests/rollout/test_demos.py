@@ -101,3 +101,19 @@ def test_a_cold_start_teaches_observations_cut_as_rollouts_cut_them():
     rollout = GUESS_RUN["rollout"] | {"max_observation_chars": 100}
     cut = load_demos(RunConfig.model_validate(GUESS_RUN | {"rollout": rollout}), Tasks(None, 0))
     assert "400 characters left out" in cut[0][2]["content"]
+
+
+@pytest.mark.parametrize("rule", [HistoryRule(), HistoryRule("windowed", window=1)])
+def test_messages_of_weight_0_are_shown_and_not_learned(rule):
+    talk = ["ask one", "reply one", "ask two", "reply two", "ask three", "reply three"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(talk)]
+    chat = Chat(train_tokenizer(talk * 9, 300), [])
+    few_shot = [messages[0], {**messages[1], "weight": 0}, *messages[2:]]
+    rows = demonstration_rows(few_shot, chat, 0, rule)
+    for row in rows:
+        assert row.tokens[: len(chat.prompt(messages[:3]))].tolist() == chat.prompt(messages[:3])
+    learned = [chat.decode(row.tokens[row.action_mask].tolist())[0] for row in rows]
+    assert "".join(learned).replace("<|im_end|>", "") == "reply tworeply three"
+    late = [*messages[:5], {**messages[5], "weight": 0}]
+    learned = [chat.decode(row.tokens[row.action_mask].tolist())[0] for row in demonstration_rows(late, chat, 0, rule)]
+    assert "".join(learned).replace("<|im_end|>", "") == "reply onereply two"
