@@ -115,6 +115,7 @@ def test_the_end_is_reported(tmp_path, capsys):
     assert command(tmp_path, "sft", "cold_start.steps=1", "cold_start.eval_success=false") == 0
     printed = capsys.readouterr().out
     assert "held-out loss: " in printed and "at step 0, " in printed and f"model: {tmp_path}/sft/model" in printed
+    assert f"curves: {tmp_path}/sft/curves.png" in printed and (tmp_path / "sft/curves.png").exists()
     assert "held-out success" not in printed
 
 

@@ -1,4 +1,4 @@
-"""How commands print plans, tables and success."""
+"""How commands print plans, tables, success and where the curves are."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spear_fast.errors import MissingDependencyError
+
 if TYPE_CHECKING:
     from spear_fast.config.schema import RunConfig
     from spear_fast.planning import Section
+    from spear_fast.run_folder import RunFolder
 
 
 def print_plan(title: str, rows: Sequence[tuple[str, str]], config: RunConfig, file: Path) -> None:
@@ -45,3 +48,13 @@ def success_text(stats: Mapping[str, float]) -> str:
         f"{stats['eval/success_rate']:.1%} (95 % interval {stats['eval/success_low']:.1%} to "
         f"{stats['eval/success_high']:.1%}, {stats['eval/num_tasks']:.0f} tasks)"
     )
+
+
+def print_curves(folder: RunFolder) -> None:
+    """Draw the curves of a run into its folder and print where."""
+    from spear_fast.log.plot import plot_runs
+
+    try:
+        print(f"curves: {plot_runs([folder.path], folder.curves)}")
+    except MissingDependencyError as error:
+        print(f"no curves drawn: {error}")

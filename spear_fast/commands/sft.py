@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from spear_fast.errors import TaskError
 
 from .evaluate import measure_success
-from .pages import print_plan, success_text
+from .pages import print_curves, print_plan, success_text
 from .signals import EXIT_STOPPED, stop_on_sigterm
 
 if TYPE_CHECKING:
@@ -93,4 +93,5 @@ def _report(run: Sft, success: dict[str, float]) -> None:
             )
     if success:
         print(f"held-out success: {success_text(success)}")
+    print_curves(run.folder)
     print(f"model: {run.model_folder}")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from spear_fast.errors import MissingDependencyError
-
-from .pages import print_plan, success_text
+from .pages import print_curves, print_plan, success_text
 from .signals import EXIT_STOPPED, stop_on_sigterm
 
 if TYPE_CHECKING:
@@ -44,17 +42,13 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _report(trainer: Trainer) -> int:
-    from spear_fast.log.plot import plot_runs
     from spear_fast.log.records import METRICS_FILE, read_records
 
     folder = trainer.folder
     evaluations = [r for r in read_records(folder.path / METRICS_FILE) if "eval/success_rate" in r]
     for record in (evaluations[0], evaluations[-1]):
         print(f"held-out success after step {record['step']}: {success_text(record)}")
-    try:
-        print(f"curves: {plot_runs([folder.path], folder.curves)}")
-    except MissingDependencyError as error:
-        print(f"no curves drawn: {error}")
+    print_curves(folder)
     print(f"run folder: {folder.path}")
     if trainer.stop_requested:
         print("stopped early; continue with the same command and --resume")

@@ -70,6 +70,16 @@ _PANELS = (
         limits=(-0.03, 1.03),
     ),
 )
+_SUPERVISED = (
+    _Panel(
+        "Loss",
+        "nats per assistant's token",
+        (_Curve("sft/loss_nats", "training"), _Curve("sft/eval_loss_nats", "held-out", "o")),
+    ),
+    _Panel("Norm of the gradient", "before clipping", (_Curve("update/grad_norm", "norm"),)),
+    _Panel("Throughput", "packed tokens per second", (_Curve("sft/tokens_per_s", "throughput"),)),
+)
+_COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,7 @@ class _Run:
 def plot_runs(run_folders: Sequence[str | Path], out: str | Path) -> Path:
     """Draw success, reward, entropy, tool calls, replay and schedules of the runs into `out` and return its path.
 
+    Where all runs are supervised it is loss, norm of the gradient and throughput.
     `out` ends in .png, .svg or .pdf (.png is added to a name without ending); its folder is made if needed.
     Raises MissingDependencyError without matplotlib, and SpearError if there is no run, a run has no metrics, or the
     ending is another.
@@ -97,10 +108,15 @@ def plot_runs(run_folders: Sequence[str | Path], out: str | Path) -> Path:
         raise SpearError(f"cannot draw into {path}: the name must end in one of {', '.join(_FORMATS)}")
     runs = _read_runs([Path(folder) for folder in run_folders])
     figure = _new_figure()
-    grid = figure.subplots(2, 3)
-    for axes, panel in zip(grid.flat, _PANELS, strict=True):
+    supervised = all(len(run.curve("sft/loss_nats")[0]) for run in runs)
+    panels = _SUPERVISED if supervised else _PANELS
+    rows = len(panels) // _COLUMNS
+    figure.set_size_inches(13.5, 3.6 * rows)
+    grid = figure.subplots(rows, _COLUMNS)
+    for axes, panel in zip(grid.flat, panels, strict=True):
         _draw_panel(axes, panel, runs)
-    _draw_held_out(grid.flat[0], runs)
+    if not supervised:
+        _draw_held_out(grid.flat[0], runs)
     for axes in grid.flat:
         _finish(axes)
     _add_run_legend(figure, runs)
@@ -114,7 +130,7 @@ def _new_figure() -> Figure:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise MissingDependencyError("matplotlib", "track", "plotting runs") from error
-    figure = Figure(figsize=(13.5, 7.2))
+    figure = Figure()
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     return figure
 

@@ -71,6 +71,28 @@ def test_the_curves_are_the_recorded_numbers(tmp_path: Path, monkeypatch: pytest
     np.testing.assert_array_equal(held_out.get_ydata(), [0.0])
 
 
+def make_supervised(folder: Path) -> Path:
+    sink = JsonlSink(folder / "metrics.jsonl")
+    sink.write(0, {"sft/eval_loss_nats": 5.0})
+    for step in (1, 2):
+        sink.write(step, {"sft/loss_nats": 4.0 - step, "update/grad_norm": 1.0, "sft/tokens_per_s": 9.0})
+    sink.write(2, {"sft/eval_loss_nats": 3.0})
+    sink.close()
+    return folder
+
+
+def test_supervised_runs_have_panels_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervised = make_supervised(tmp_path / "sft")
+    figure = figure_of(monkeypatch, [supervised], tmp_path / "curves.png")
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert list(panels) == ["Loss", "Norm of the gradient", "Throughput"]
+    training, held_out = panels["Loss"].lines[:2]
+    np.testing.assert_array_equal(training.get_ydata(), [3.0, 2.0])
+    np.testing.assert_array_equal(held_out.get_xdata(), [0, 2])
+    mixed = figure_of(monkeypatch, [supervised, make_run(tmp_path / "spear")], tmp_path / "curves.png")
+    assert len(mixed.axes) == 6
+
+
 def test_runs_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal folder names are prefixed by their parents; names with a meaning to matplotlib are shown as they are."""
     folders = [make_run(tmp_path / "a" / "_seed$0$"), make_run(tmp_path / "b" / "_seed$0$", steps=3)]
