@@ -10,7 +10,7 @@ from spear_fast.errors import TaskError
 
 from .evaluate import measure_success
 from .pages import print_curves, print_plan, success_text
-from .signals import EXIT_STOPPED, stop_on_sigterm
+from .running import EXIT_STOPPED, running
 
 if TYPE_CHECKING:
     from spear_fast.sft import Sft
@@ -27,20 +27,11 @@ def sft(args: argparse.Namespace) -> int:
         print_plan(f"Plan of supervised run {config.name}", describe_sft(config), config, args.config)
         return 0
     from spear_fast.dist import is_main_rank
-    from spear_fast.log.progress import make_progress
     from spear_fast.sft import Sft
-    from spear_fast.update.model import silence_progress_bars
 
-    silence_progress_bars()
-    shown = config.log.progress if is_main_rank() else "off"
-    with make_progress(shown, config.cold_start.steps, config.name) as progress:
-        run = Sft(config, progress, resume=args.resume)
-        try:
-            stop_on_sigterm(run)
-            run.run()
-            success = {} if run.stop_requested else _success(run)
-        finally:
-            run.close()
+    with running(config, config.cold_start.steps, lambda progress: Sft(config, progress, resume=args.resume)) as run:
+        run.run()
+        success = {} if run.stop_requested else _success(run)
     if run.stop_requested:
         if is_main_rank():
             print("stopped early; continue with the same command and --resume")

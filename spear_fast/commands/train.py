@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from .pages import print_curves, print_plan, success_text
-from .signals import EXIT_STOPPED, stop_on_sigterm
+from .running import EXIT_STOPPED, running
 
 if TYPE_CHECKING:
     from spear_fast.trainer import Trainer
@@ -23,19 +23,10 @@ def train(args: argparse.Namespace) -> int:
         print_plan(f"Plan of run {config.name}", describe(config), config, args.config)
         return 0
     from spear_fast.dist import is_main_rank
-    from spear_fast.log.progress import make_progress
     from spear_fast.trainer import Trainer
-    from spear_fast.update.model import silence_progress_bars
 
-    silence_progress_bars()
-    shown = config.log.progress if is_main_rank() else "off"
-    with make_progress(shown, config.steps, config.name) as progress:
-        trainer = Trainer(config, progress, resume=args.resume)
-        try:
-            stop_on_sigterm(trainer)
-            trainer.run()
-        finally:
-            trainer.close()
+    with running(config, config.steps, lambda progress: Trainer(config, progress, resume=args.resume)) as trainer:
+        trainer.run()
     if not is_main_rank():
         return EXIT_STOPPED if trainer.stop_requested else 0
     return _report(trainer)
