@@ -169,8 +169,8 @@ def meet(env: Any, observation: Any, info: Any) -> str:
 
 
 def test_an_environment_that_hangs_ends_its_trajectory_and_is_not_touched_again() -> None:
-    tasks = make({"hang_s": 1.0})
-    played = play(tasks, lambda _: "<action>a</action>", env_timeout_s=0.2)
+    tasks = make({"hang_s": 4.0})
+    played = play(tasks, lambda _: "<action>a</action>", env_timeout_s=1.0)
     assert played.status is Status.ENV_ERROR and "no answer within" in str(played.error)
     assert echoes()[0].closed == 0
 
