@@ -20,7 +20,7 @@ from bench import page_parts, sandbox  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
 PAGES = ("README.md", "kernels/README.md", "docs/performance.md", "docs/sandbox.md")
-STUDIES = ("babyai", "treasure")
+STUDIES = ("babyai", "calculator", "treasure")
 """Task families whose studies the README shows."""
 NOT_GPUS = ("cpu", "compile")
 """Folders of results that are not named after a GPU."""
