@@ -109,13 +109,13 @@ class Forcing:
         return await self._generate(request)
 
     def sample(
-        self, logits: torch.Tensor, temperatures: torch.Tensor, draws: torch.Tensor
+        self, logits: torch.Tensor, temperatures: torch.Tensor, draws: torch.Tensor, top_p: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample as the hf engine does, then return the drawn tokens and their log-probs under the same logits.
 
         The log-prob follows from that of the sampled token and the difference of both logits: two look-ups a row.
         """
-        tokens, logps = SAMPLE(logits, temperatures, draws)
+        tokens, logps = SAMPLE(logits, temperatures, draws, top_p)
         started = time.perf_counter()
         # The engine samples for the last of its running requests, those that have just been computed.
         batch = cast(hf_engine.HFEngine, self._engine)._running[-len(tokens) :]

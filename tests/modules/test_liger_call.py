@@ -62,7 +62,7 @@ def results(loss_class, problem, settings, call, dtype=torch.float32, **extra):
 def assert_same(ours, theirs, settings):
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-6, msg=lambda text: f"{settings}: {text}")
+        torch.testing.assert_close(mine, other, rtol=5e-5, atol=2e-6, msg=lambda text: f"{settings}: {text}")
 
 
 def variants(loss_type, count=10):
