@@ -1,7 +1,7 @@
 """Compares GRPO, Dr.BoT and GiGPO with and without SPEAR on one task family: equal starts, equal environment steps.
 
-python bench/study.py configs/study/sokoban.yaml --arms full ablations --seeds 0 1 2 --env-steps 20000 \\
-    --work runs/study-sokoban --out bench/results/cpu/study_sokoban.json
+python bench/study.py configs/study/babyai.yaml --arms full ablations --seeds 0 1 2 --env-steps 12000 \\
+    --work runs/study-babyai --out bench/results/cpu/study_babyai.json
 
 The policy of a seed is cold-started once and all its runs start from it. A study that was interrupted goes on where it
 was, run by run and within a run, when called again with the same --work.

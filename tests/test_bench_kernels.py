@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import subprocess
 import sys
 import types
@@ -21,9 +20,8 @@ from bench.layers.gate import gate_problem, truth_of
 from bench.layers.head_levels import HeadLevel
 from bench.layers.level import Case, CopyFloor
 from bench.layers.levels import LEVELS
-from bench.layers.measure import Prepared, alternate, resident_peak, run_step
+from bench.layers.measure import Prepared, alternate, run_step
 from bench.layers.measured_case import Bench, gated, run_case
-from bench.layers.memory import peak_of
 from bench.layers.problems import HEADS, NO_HEAD, Head, Shape, loss_flops, make_problem, recompute_flops
 from bench.layers.suites import SUITES
 from bench.layers.tables import markdown, print_case
@@ -429,23 +427,6 @@ def test_rotated_problems_are_equal_and_apart():
     assert first.hidden.data_ptr() != second.hidden.data_ptr()
     assert second.hidden.is_leaf
     assert second.hidden.requires_grad
-
-
-def test_the_memory_probe_sees_what_was_allocated_and_freed():
-    def work():
-        # Pages of its own: a tensor may get memory that tests before this one have left to the process.
-        torch.frombuffer(mmap.mmap(-1, 64 << 20), dtype=torch.uint8).fill_(1)
-
-    assert 60 << 20 < resident_peak(work) < 80 << 20
-
-
-def test_memory_of_a_step_is_taken_in_a_process_of_its_own():
-    # Large enough that pages which the process has left over from its imports do not count.
-    case = Case("hidden", Shape(HEADS["tiny"], 16384))
-    problem = make_problem(case.shape, CPU, seed=3)
-    figure = peak_of(contender_of("naive"), step_of("naive"), problem, case, seed=3)
-    logits = 16384 * 515 * 4
-    assert 1.5 * logits < figure["peak_extra_bytes"] < 8 * logits
 
 
 def test_gpus_are_described_by_their_driver(monkeypatch):

@@ -301,7 +301,9 @@ class HFEngine:
             np.array([len(r.request.prompt) + len(r.sampled) for r in batch], dtype=np.uint64),
         )
         temperatures = torch.tensor([request.temperature for request in requests], device=self._device)
-        top_p = torch.tensor([request.top_p for request in requests], device=self._device)
+        shares = [request.top_p for request in requests]
+        # Training draws from the whole distribution, and then nothing is made or looked at for it.
+        top_p = torch.tensor(shares, device=self._device) if min(shares) < 1.0 else None
         tokens, logps = sample(logits, temperatures, torch.from_numpy(draws), top_p)
         for running, token, logp in zip(batch, tokens.tolist(), logps.tolist(), strict=True):
             running.version = self.weights_version if running.version is None else running.version

@@ -38,7 +38,7 @@ def sample(logits: Tensor, temperatures: Tensor, draws: Tensor, top_p: Tensor | 
         logits: [B, V], any float type; read once as float32.
         temperatures: float32 [B]; 0 takes the most likely token and reports its log-prob at temperature 1.
         draws: float64 [B], uniform in [0, 1).
-        top_p: [B] in (0, 1]; a row below 1 is drawn from its nucleus.
+        top_p: [B] in (0, 1]; a row below 1 is drawn from its nucleus. None draws all from the whole distribution.
 
     Returns:
         tokens int64 [B], log-probs float32 [B] in nats under the distribution that was drawn from.
@@ -46,7 +46,7 @@ def sample(logits: Tensor, temperatures: Tensor, draws: Tensor, top_p: Tensor | 
     greedy = temperatures == 0
     scale = torch.where(greedy, torch.ones_like(temperatures), temperatures)
     logp = torch.log_softmax(logits.float() / scale[:, None], dim=-1)  # [B, V]
-    if top_p is not None and bool((top_p < 1).any()):
+    if top_p is not None:
         kept = nucleus(logp.exp(), top_p) | greedy[:, None]
         logp = torch.log_softmax(logp.masked_fill(~kept, float("-inf")), dim=-1)
     cumulative = logp.double().exp().cumsum(dim=-1)

@@ -62,7 +62,7 @@ def results(loss_class, problem, settings, call, dtype=torch.float32, **extra):
 def assert_same(ours, theirs, settings):
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=5e-5, atol=2e-6, msg=lambda text: f"{settings}: {text}")
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-6, msg=lambda text: f"{settings}: {text}")
 
 
 def variants(loss_type, count=10):
@@ -112,7 +112,8 @@ def test_every_option_gives_ligers_values_gradients_and_metrics(loss_type, liger
 )  # fmt: skip
 def test_the_reference_policy_is_found_where_liger_finds_it(settings, call, liger, problem):
     hidden, weight, bias = problem["head"]
-    named = {"ref": problem["ref"], "hidden": hidden.flip(0), "weight": weight * 0.9, "bias": bias.flip(0)}
+    # Near the policy, as a reference is: far from it exp(ref - logp) reaches thousands and float32 sums lose digits.
+    named = {"ref": problem["ref"], "hidden": hidden * 1.1, "weight": weight * 0.9, "bias": bias * 0.8}
     call = {name: named[value] if isinstance(value, str) else value for name, value in call.items()}
     call["old_per_token_logps"] = problem["old"]
     theirs = results(liger, problem, settings, call, compiled=False)
